@@ -1,0 +1,101 @@
+"""One filter over several workers, exactly: rows are split over the ranks, parameters and covariance too.
+
+Each rank runs the forward and the Jacobian of its own rows. An all-to-all then gives rank j every row of its slice of
+the columns; whatever is a sum over parameters is all-reduced; every rank solves the same small system; the slices of
+the update are gathered. The result is one worker's on the whole batch, up to the order of summation (FILTER §9), and
+memory and work for the covariance fall as one over the number of workers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Exact", "slice_bounds"]
+
+
+def slice_bounds(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Bounds of a rank's contiguous slice of ``size`` items; the remainder goes to the low ranks.
+
+    Raises:
+        ValueError: a world without workers, or a rank outside it.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size = {world_size}; there must be at least one worker")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank = {rank} is outside [0, {world_size})")
+    share, rest = divmod(size, world_size)
+    start = rank * share + min(rank, rest)
+    return start, start + share + (rank < rest)
+
+
+class Exact:
+    """The exact distributed update over a process group; without one, a world of one worker that communicates nothing.
+
+    Args:
+        size: n, the number of parameters.
+        group: a process group (gloo or NCCL) whose ranks each call every method in the same order, or None.
+    """
+
+    def __init__(self, size: int, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world_size = dist.get_world_size(group) if group is not None else 1
+        self.bounds = [slice_bounds(size, rank, self.world_size) for rank in range(self.world_size)]
+        self.own = slice(*self.bounds[self.rank])
+        self.bytes_sent = 0
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate every rank's rows (B_r, …), in rank order."""
+        if self.world_size == 1:
+            return rows
+        counts = self._counts(rows)
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        self._sent(padded, self.world_size - 1)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def exchange(self, jacobian: Tensor) -> Tensor:
+        """From this rank's rows of all columns (N_r, n) to all rows of this rank's columns (N, n_r)."""
+        if self.world_size == 1:
+            return jacobian
+        counts = self._counts(jacobian)
+        width = self.own.stop - self.own.start
+        sent = torch.cat([jacobian[:, start:stop].reshape(-1) for start, stop in self.bounds])
+        received = jacobian.new_empty(sum(counts) * width)
+        dist.all_to_all_single(
+            received,
+            sent,
+            [count * width for count in counts],
+            [len(jacobian) * (stop - start) for start, stop in self.bounds],
+            group=self.group,
+        )
+        self._sent(sent, 1)
+        return received.view(-1, width)
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """Sum over the ranks. In float64, so that the sum does not depend on how many there are beyond 1e-15."""
+        if self.world_size == 1:
+            return partial
+        total = partial.double()
+        dist.all_reduce(total, group=self.group)
+        self._sent(total, 1)
+        return total
+
+    def gather_columns(self, part: Tensor) -> Tensor:
+        """Concatenate every rank's slice (…, n_r) along the last dimension into (…, n)."""
+        if self.world_size == 1:
+            return part
+        return self.gather_rows(part.movedim(-1, 0).contiguous()).movedim(0, -1).contiguous()
+
+    def _counts(self, rows: Tensor) -> list[int]:
+        own = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(counts, own, group=self.group)
+        return [int(count) for count in counts]
+
+    def _sent(self, tensor: Tensor, copies: int) -> None:
+        self.bytes_sent += copies * tensor.numel() * tensor.element_size()

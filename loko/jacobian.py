@@ -1,0 +1,295 @@
+"""Per-sample Jacobians of the trainable parameters, from one forward and one backward per observed output.
+
+The *hook route* keeps, for each trainable linear map, its input a and its output o. One backward pass of the sum over
+the batch of output c to the *outputs o* (not to the parameters) gives every sample's δ at once, and the map's Jacobian
+is the contraction of δ with a. The *exact route* differentiates to the parameter itself, one pass per sample and
+output: slow, but right for whatever a parameter does. Every parameter is on one of the two, and the first step proves
+it: a random vector–Jacobian product through J must equal autograd's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import Parameter
+
+__all__ = ["JacobianEngine", "JacobianError"]
+
+log = logging.getLogger(__name__)
+
+_CHECK_TOLERANCE = 1e-3
+
+
+class JacobianError(RuntimeError):
+    """The forward pass cannot be differentiated per sample; the message says which parameter and what to do."""
+
+
+@dataclass
+class _Call:
+    """One call of one map: input and output with the batch in front."""
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+Contraction = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _linear(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, m, out·in) and (B, m, out) from inputs (B, …, in) and delta (m, B, …, out)."""
+    outputs, batch = delta.shape[:2]
+    if delta.dim() == 3:
+        bias = delta.transpose(0, 1)
+        return (bias[..., None] * inputs[:, None, None, :]).flatten(2), bias
+    delta = delta.reshape(outputs, batch, -1, delta.shape[-1]).permute(1, 0, 3, 2)  # (B, m, out, T)
+    inputs = inputs.reshape(batch, -1, inputs.shape[-1])  # (B, T, in)
+    weight = delta.reshape(batch, -1, delta.shape[-1]) @ inputs
+    return weight.view(batch, outputs, -1), delta.sum(-1)
+
+
+def _conv2d(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, m, out·in/groups·kh·kw) and (B, m, out) from inputs (B, in, h, w) and delta (m, B, out, h', w')."""
+    assert isinstance(module, nn.Conv2d)
+    outputs, batch = delta.shape[:2]
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        padding: tuple[int, ...] = (0, 0)
+    else:
+        padding = module.padding
+    patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)  # (B, in·kh·kw, T)
+    patches = patches.view(batch, module.groups, -1, patches.shape[-1])
+    delta = delta.reshape(outputs, batch, module.groups, module.out_channels // module.groups, -1)
+    weight = torch.einsum("mbgot,bgit->bmgoi", delta, patches)
+    return weight.reshape(batch, outputs, -1), delta.sum(-1).permute(1, 0, 2, 3).reshape(batch, outputs, -1)
+
+
+def _embedding(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, m, rows·width) from indices (B, …) and delta (m, B, …, width); an embedding has no bias."""
+    assert isinstance(module, nn.Embedding)
+    outputs, batch, width = delta.shape[0], delta.shape[1], delta.shape[-1]
+    delta = delta.reshape(outputs, batch, -1, width).transpose(0, 1)  # (B, m, T, width)
+    index = inputs.reshape(batch, 1, -1, 1)
+    if module.padding_idx is not None:
+        delta = delta * (index != module.padding_idx)
+    weight = delta.new_zeros(batch, outputs, module.num_embeddings, width)
+    weight.scatter_add_(2, index.expand_as(delta), delta)
+    return weight.flatten(2), delta.sum(2)
+
+
+_CONTRACTIONS: dict[type[nn.Module], Contraction] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.Embedding: _embedding,
+}
+
+
+def _contraction(module: nn.Module) -> Contraction | None:
+    """The hook route of a module, or None: subclasses count only where they keep the forward of their base."""
+    for base, contraction in _CONTRACTIONS.items():
+        if isinstance(module, base) and type(module).forward is base.forward:
+            rescaled = isinstance(module, nn.Embedding) and (
+                module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+            )
+            return None if rescaled else contraction
+    return None
+
+
+class JacobianEngine:
+    """Jacobians of named parameters of a model, laid out flat in the order given.
+
+    Args:
+        model: the module whose forward is recorded.
+        parameters: names (as in ``model.named_parameters()``) and parameters; their order is the order of columns.
+
+    Use it as::
+
+        with engine.record():
+            outputs = model(x)                      # (B, C)
+        rows = engine.jacobian(outputs, contrast)   # (B·m, n)
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[tuple[str, Parameter]]) -> None:
+        self.names = [name for name, _ in parameters]
+        self.parameters = [parameter for _, parameter in parameters]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.size = sum(self.sizes)
+        offsets = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        self._columns = {id(p): slice(offsets[i], offsets[i + 1]) for i, p in enumerate(self.parameters)}
+        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._maps = [
+            module
+            for module in model.modules()
+            if _contraction(module) is not None
+            and any(id(p) in self._columns for p in module.parameters(recurse=False))
+        ]
+        mapped = {id(p) for module in self._maps for p in module.parameters(recurse=False)}
+        self._exact = {id(p) for p in self.parameters if id(p) not in mapped}
+        self._calls: list[_Call] = []
+        self._checked = False
+
+    @property
+    def exact_names(self) -> list[str]:
+        """Names of the parameters on the exact route: B·m backward passes a step instead of m."""
+        return [name for name, p in zip(self.names, self.parameters, strict=True) if id(p) in self._exact]
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the forward passes made inside; every hook is gone afterwards, also after an error."""
+        training = next((m for m in self._batch_norms if m.training), None)
+        if training is not None:
+            raise JacobianError(
+                f"{type(training).__name__} is in training mode, which couples the samples of a batch, so that no "
+                "sample has a Jacobian of its own; call model.eval() before the step"
+            )
+        self._calls = []
+        handles = [module.register_forward_hook(self._keep) for module in self._maps]
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            self._calls.append(_Call(module, inputs[0].detach(), output))
+
+    def jacobian(self, outputs: Tensor, contrast: Tensor) -> Tensor:
+        """J = ∂(contrast · outputs)/∂θ for every sample, (B·m, n), rows sample by sample; float32 at least.
+
+        Frees the recorded forward. On its first call it checks the routes (see the module's docstring).
+
+        Args:
+            outputs: (B, C), made inside ``record()``.
+            contrast: (m, C), the observed combinations of the outputs.
+
+        Raises:
+            JacobianError: a parameter without a path to the outputs, samples that depend on each other.
+        """
+        batch, observed = len(outputs), len(contrast)
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        jacobian = torch.empty(batch, observed, self.size, dtype=dtype, device=outputs.device)
+        calls, self._calls = self._calls, []
+        if batch == 0:
+            return jacobian.view(0, self.size)
+        if not outputs.requires_grad:
+            raise JacobianError(
+                "the outputs do not depend on any trainable parameter: the closure must run the model given to LoKO, "
+                "without torch.no_grad() or detach(), and return its outputs"
+            )
+        seeds = contrast.to(outputs)
+        # A first batch of one row cannot tell a map over samples from a map shared by them (position embeddings).
+        unproven = not self._checked or any(c.output.shape[0] != batch and self._hooks(c) for c in calls)
+        if unproven:
+            calls = self._route(calls, outputs)
+        calls = [call for call in calls if self._hooks(call)]
+        self._hooked(calls, outputs, seeds, jacobian)
+        self._exactly(outputs, seeds, jacobian)
+        if unproven:
+            self._check(calls, outputs, seeds, jacobian)
+            self._checked = True
+        return jacobian.view(batch * observed, self.size)
+
+    def _owned(self, module: nn.Module) -> list[Parameter]:
+        return [p for p in module.parameters(recurse=False) if id(p) in self._columns]
+
+    def _hooks(self, call: _Call) -> bool:
+        return any(id(p) not in self._exact for p in self._owned(call.module))
+
+    def _route(self, calls: list[_Call], outputs: Tensor) -> list[_Call]:
+        """Choose every parameter's route, raise for one that has none; returns the calls the outputs depend on.
+
+        Some modules are also called aside, with no path to the outputs (DoRA's norms): those calls are left out.
+        """
+        grads = torch.autograd.grad(
+            outputs,
+            [*self.parameters, *(call.output for call in calls)],
+            torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        lost = [name for name, grad in zip(self.names, grads, strict=False) if grad is None]
+        if lost:
+            raise JacobianError(
+                f"{len(lost)} trainable parameters have no path to the outputs, so no row can ever teach them "
+                f"(first: {lost[0]}); set requires_grad=False on them, or use them in the forward pass"
+            )
+        calls = [call for call, grad in zip(calls, grads[len(self.names) :], strict=True) if grad is not None]
+        served = {id(p) for call in calls for p in self._owned(call.module)}
+        served -= {id(p) for call in calls if call.output.shape[0] != len(outputs) for p in self._owned(call.module)}
+        self._exact = {id(p) for p in self.parameters if id(p) not in served}
+        if self._exact:
+            names = self.exact_names
+            log.info("%d of %d parameters take the exact route (first: %s)", len(names), len(self.names), names[0])
+        return calls
+
+    def _hooked(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
+        deltas: list[list[Tensor]] = [[] for _ in calls]
+        for seed in seeds if calls else ():
+            grads = torch.autograd.grad(
+                outputs, [c.output for c in calls], seed.expand_as(outputs), retain_graph=True, allow_unused=True
+            )
+            for kept, grad in zip(deltas, grads, strict=True):
+                if grad is not None:
+                    kept.append(grad)
+        written = set(self._exact)
+        for call, kept in zip(calls, deltas, strict=True):
+            if len(kept) < len(seeds):
+                continue
+            delta = torch.stack(kept).to(jacobian.dtype)
+            inputs = call.input.to(jacobian.dtype) if call.input.is_floating_point() else call.input
+            contraction = _contraction(call.module)
+            assert contraction is not None
+            for name, part in zip(("weight", "bias"), contraction(call.module, inputs, delta), strict=True):
+                key = id(getattr(call.module, name, None))
+                if key not in self._columns or key in self._exact:
+                    continue
+                if key in written:  # the module was called more than once
+                    jacobian[:, :, self._columns[key]] += part
+                else:
+                    jacobian[:, :, self._columns[key]] = part
+                    written.add(key)
+        for key, columns in self._columns.items():
+            if key not in written:
+                jacobian[:, :, columns] = 0.0
+
+    def _exactly(self, outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
+        parameters = [p for p in self.parameters if id(p) in self._exact]
+        for row in range(len(outputs) if parameters else 0):
+            for index, seed in enumerate(seeds):
+                grads = torch.autograd.grad(outputs[row], parameters, seed, retain_graph=True)
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    jacobian[row, index, self._columns[id(parameter)]] = grad.flatten().to(jacobian.dtype)
+
+    def _check(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
+        """Prove on the first batch that J is the Jacobian, and that its rows belong to their samples alone."""
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(jacobian.shape[:2], generator=generator).to(jacobian)
+        expected = torch.autograd.grad(outputs, self.parameters, (weights.to(seeds) @ seeds), retain_graph=True)
+        product = torch.einsum("bm,bmn->n", weights, jacobian)
+        loose = 30 * torch.finfo(outputs.dtype).eps ** 0.5 if outputs.dtype.itemsize < 4 else _CHECK_TOLERANCE
+        for name, parameter, want in zip(self.names, self.parameters, expected, strict=True):
+            got, want = product[self._columns[id(parameter)]], want.flatten().to(product.dtype)
+            if bool((got - want).norm() > loose * want.norm() + 1e-12) and bool(torch.isfinite(want).all()):
+                raise JacobianError(
+                    f"the Jacobian of {name} does not add up to autograd's gradient: the parameter is also used "
+                    "outside the forward of its module (tied weights, a functional call), or an in-place operation "
+                    "overwrites the module's output; freeze it, or give it a module of its own"
+                )
+        if len(outputs) > 1 and calls:
+            first = torch.zeros_like(outputs)
+            first[0] = 1.0
+            grads = torch.autograd.grad(outputs, [c.output for c in calls], first, retain_graph=True)
+            if any(bool(grad[1:].any()) for grad in grads):
+                raise JacobianError(
+                    "the output of one sample depends on another sample of the batch (batch statistics, attention "
+                    "over the batch), so no sample has a Jacobian of its own; use a model that treats rows alone"
+                )

@@ -1,0 +1,439 @@
+"""LoKO, the low-rank Kalman optimizer: a ``torch.optim.Optimizer`` that filters where others descend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from loko.covariance import COVARIANCES, Covariance, initial_variance
+from loko.distributed import Exact
+from loko.filter import Innovation, Linearization
+from loko.jacobian import JacobianEngine
+from loko.noise import NOISES, EmaResidual
+from loko.observation import OBSERVATIONS, ObservationModel, linearize
+
+__all__ = ["PAPER", "LoKO", "NonFiniteError", "parameter_groups"]
+
+PAPER: dict[str, Any] = {
+    "covariance": "diagonal",
+    "noise": "ema",
+    "linearization": 0.0,
+    "initial_distribution": "uniform",
+    "initial_covariance": 1.0,
+}
+"""The filter as published (arXiv 2410.11551): ``LoKO(model, **PAPER)``. The paper sets the scale of the initial
+covariance by hand for each task; 1.0 is where a search starts."""
+
+Closure = Callable[[], tuple[Tensor, Tensor]]
+
+_STATE_KEYS = ("parameters", "covariance", "noise", "counters")
+_GROUP_SETTINGS = ("initial_covariance", "forgetting", "process_noise")
+
+
+class NonFiniteError(RuntimeError):
+    """Too many batches in a row gave outputs, Jacobians or innovations that were not finite."""
+
+
+@dataclass
+class _Counters:
+    """Checkpointed with the filter."""
+
+    steps: int = 0
+    rows: int = 0
+    skipped_rows: int = 0
+    skipped_in_a_row: int = 0
+    jitters: int = 0
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters of a model as named groups: ``A``, ``B`` (of LoRA), ``head`` and ``other``.
+
+    Returns:
+        ``[{"name": …, "params": [...]}, …]``, only groups that have parameters, ready for ``LoKO(model, groups)``.
+    """
+    groups: dict[str, list[Parameter]] = {"A": [], "B": [], "head": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[_role(name)].append(parameter)
+    return [{"name": name, "params": params} for name, params in groups.items() if params]
+
+
+def _role(name: str) -> str:
+    if "lora_A" in name or "lora_embedding_A" in name:
+        return "A"
+    if "lora_B" in name or "lora_embedding_B" in name:
+        return "B"
+    if "modules_to_save" in name or any(part in ("classifier", "score", "head", "fc") for part in name.split(".")):
+        return "head"
+    return "other"
+
+
+class LoKO(torch.optim.Optimizer):
+    """Extended Kalman filter over the trainable parameters of a model (arXiv 2410.11551, and FILTER.md beyond it).
+
+    One call of :meth:`step` runs the forward, predicts, and learns each row of the batch once::
+
+        optimizer = LoKO(model)
+        for batch in stream:
+            logits = optimizer.step(lambda: (model(**batch.inputs).logits, batch.labels))
+
+    There is no learning rate: step sizes come from the covariance of the parameters and the estimated noise.
+
+    Args:
+        model: the module the closure runs; a PeftModel, or any module with some parameters trainable.
+        params: parameters or named groups, as in ``torch.optim``; default: ``parameter_groups(model)``. A group may
+            set ``initial_covariance``, ``forgetting`` and ``process_noise`` for itself.
+        covariance: ``low_rank`` (precision diag + rank L) or ``diagonal`` (the paper's).
+        rank: L of ``low_rank``; 0 is the diagonal precision filter.
+        initial_covariance: p₀ > 0, variance of every parameter before the first row.
+        initial_distribution: ``constant``, or ``uniform`` for U(0, p₀] as in the paper.
+        scales: factors on ``initial_covariance`` by group name, such as ``{"head": 1.0, "A": 10.0}``.
+        noise: ``ema``, ``ema_residual``, ``categorical``, ``categorical_ema`` or ``fixed`` (see ``loko.noise``).
+        noise_decay: β in [0, 1) of the moving averages.
+        initial_noise: r₀ > 0; None takes what suits the observation (1/C, ¼ or 1).
+        noise_excess: κ ≥ 0 of ``categorical_ema``.
+        linearization: ω in [0, 1]: 0 linearises at the prediction (tangent), ω > 0 on the way to the label (secant).
+        forgetting: λ in (0, 1]; below one the covariance grows by 1/λ a step.
+        process_noise: q ≥ 0, added to every variance a step.
+        observation: ``categorical``, ``bernoulli``, ``gaussian``, or an ``ObservationModel``.
+        max_skipped: how many batches in a row may be skipped for not being finite before :class:`NonFiniteError`.
+        seed: of the ``uniform`` start.
+        group: a ``torch.distributed`` process group; its ranks then share one filter (``loko.distributed``), each
+            stepping on its own rows of the global batch.
+
+    Raises:
+        ValueError: a setting outside its range (the message names it), nothing trainable, groups that overlap.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Parameter] | Sequence[dict[str, Any]] | None = None,
+        *,
+        covariance: str = "low_rank",
+        rank: int = 16,
+        initial_covariance: float = 0.3,
+        initial_distribution: str = "constant",
+        scales: dict[str, float] | None = None,
+        noise: str = "ema",
+        noise_decay: float = 0.95,
+        initial_noise: float | None = None,
+        noise_excess: float = 0.3,
+        linearization: float = 0.25,
+        forgetting: float = 1.0,
+        process_noise: float = 0.0,
+        observation: str | ObservationModel = "categorical",
+        max_skipped: int = 10,
+        seed: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _one_of("covariance", covariance, COVARIANCES)
+        _one_of("noise", noise, NOISES)
+        _one_of("initial_distribution", initial_distribution, ("constant", "uniform"))
+        _in_range("rank", rank, rank >= 0, ">= 0")
+        _in_range("noise_decay", noise_decay, 0 <= noise_decay < 1, "in [0, 1)")
+        _in_range("initial_noise", initial_noise, initial_noise is None or initial_noise > 0, "> 0, or None")
+        _in_range("noise_excess", noise_excess, noise_excess >= 0, ">= 0")
+        _in_range("linearization", linearization, 0 <= linearization <= 1, "in [0, 1]")
+        _in_range("max_skipped", max_skipped, max_skipped >= 0, ">= 0")
+        groups: list[Any] = list(parameter_groups(model) if params is None else params)
+        if not groups:
+            raise ValueError(
+                "the model has no trainable parameter: wrap it with peft.get_peft_model, or set requires_grad=True on "
+                "the parameters that are to learn"
+            )
+        super().__init__(
+            groups,
+            {
+                "name": "parameters",
+                "initial_covariance": initial_covariance,
+                "forgetting": forgetting,
+                "process_noise": process_noise,
+            },
+        )
+        self._settings: dict[str, Any] = {
+            "covariance": covariance,
+            "rank": rank,
+            "initial_distribution": initial_distribution,
+            "noise": noise,
+            "noise_decay": noise_decay,
+            "initial_noise": initial_noise,
+            "noise_excess": noise_excess,
+            "linearization": linearization,
+            "observation": observation,
+            "max_skipped": max_skipped,
+        }
+        self._apply_scales(scales or {})
+        self._params = [p for g in self.param_groups for p in g["params"]]
+        self._engine = JacobianEngine(model, _named(model, self._params))
+        self._observation = OBSERVATIONS[observation]() if isinstance(observation, str) else observation
+        _one_of("observation", observation if isinstance(observation, str) else "", (*OBSERVATIONS, ""))
+        self._noise = _build_noise(noise, noise_decay, noise_excess)
+        self._world = Exact(self._engine.size, group)
+        device = self._params[0].device
+        variance = self._initial_variance(seed).to(device, torch.promote_types(self._params[0].dtype, torch.float32))
+        self._covariance: Covariance = COVARIANCES[covariance].start(variance[self._world.own].clone(), rank)
+        self._noise_state: Tensor | None = None
+        self._contrast: Tensor | None = None
+        self._counters = _Counters()
+        self._last: Innovation | None = None
+
+    def _apply_scales(self, scales: dict[str, float]) -> None:
+        names = [g["name"] for g in self.param_groups]
+        for name, scale in scales.items():
+            _one_of("scales", name, names)
+            _in_range(f"scales[{name!r}]", scale, scale > 0, "> 0")
+        for g in self.param_groups:
+            g["initial_covariance"] *= scales.get(g["name"], 1.0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only during construction: the filter's covariance is laid out once."""
+        if hasattr(self, "_covariance"):
+            raise RuntimeError("LoKO's covariance is laid out once; build a new optimizer to add parameters")
+        super().add_param_group(param_group)
+        g = self.param_groups[-1]
+        p0, decay, q = (g[key] for key in _GROUP_SETTINGS)
+        _in_range("initial_covariance", p0, math.isfinite(p0) and p0 > 0, "finite and > 0")
+        _in_range("forgetting", decay, 0 < decay <= 1, "in (0, 1]")
+        _in_range("process_noise", q, math.isfinite(q) and q >= 0, "finite and >= 0")
+
+    def _initial_variance(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat(
+            [
+                initial_variance(p.numel(), g["initial_covariance"], self._settings["initial_distribution"], generator)
+                for g in self.param_groups
+                for p in g["params"]
+            ]
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+        """Predict the batch, then learn it.
+
+        Args:
+            closure: runs the model and returns ``(outputs, labels)``: outputs (B, C), labels as the observation wants
+                them. Called once (twice with ``noise="ema_residual"``).
+
+        Returns:
+            The outputs before the update, (B, C), detached: the prediction to score (prequential).
+
+        Raises:
+            ValueError: labels the observation cannot mean. Nothing has been learned from the batch then.
+            JacobianError: see ``loko.jacobian``.
+            NonFiniteError: ``max_skipped`` batches in a row were not finite. θ, P and R are as they were.
+        """
+        with self._engine.record():
+            outputs, labels = closure()
+        if outputs.dim() != 2:
+            raise ValueError(f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}")
+        seen = outputs.detach()
+        self._observation.check(seen, labels)
+        contrast = self._observed(seen)
+        all_outputs = self._world.gather_rows(seen)
+        all_labels = self._world.gather_rows(labels)
+        if len(all_outputs) == 0:
+            return seen
+        jacobian = self._world.exchange(self._engine.jacobian(outputs, contrast))
+        del outputs  # and with it the recorded forward
+        observed = linearize(self._observation, all_outputs, all_labels, self._settings["linearization"])
+        if not self._learn(jacobian, observed):
+            self._skip(len(all_outputs))
+            return seen
+        self._counters.steps += 1
+        self._counters.rows += len(all_outputs)
+        self._counters.skipped_in_a_row = 0
+        if isinstance(self._noise, EmaResidual):
+            self._relearn_noise(closure, jacobian, observed)
+        return seen
+
+    def _observed(self, outputs: Tensor) -> Tensor:
+        if self._contrast is None:
+            self._contrast = self._observation.contrast(outputs.shape[1]).to(outputs.device)
+        elif self._contrast.shape[1] != outputs.shape[1]:
+            raise ValueError(f"the model gave {outputs.shape[1]} outputs, and {self._contrast.shape[1]} before")
+        if self._noise_state is None:
+            initial = self._observation.initial_noise(outputs.shape[1], self._settings["initial_noise"])
+            self._noise_state = self._noise.initial(initial).to(outputs.device)
+        return self._contrast
+
+    def _learn(self, jacobian: Tensor, observed: Linearization) -> bool:
+        """One predict and update; False, and nothing changed, when a number in it is not finite."""
+        assert self._noise_state is not None
+        predicted = self._predicted()
+        prior = predicted.project(jacobian, self._world.reduce)
+        innovation, noise = self._noise.innovate(self._noise_state, prior.outputs, observed)
+        delta = prior.mean_step(innovation.weights)
+        # A non-finite Jacobian shows in K, non-finite outputs show in the residual; both show in w.
+        if not bool(torch.isfinite(innovation.weights).all() & torch.isfinite(self._world.reduce(delta.sum()))):
+            return False
+        self._covariance = prior.condition(innovation.root)
+        self._noise_state = noise
+        self._last = innovation
+        self._counters.jitters += innovation.jitters
+        delta = self._world.gather_columns(delta)
+        parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
+        torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
+        return True
+
+    def _predicted(self) -> Covariance:
+        if all(g["forgetting"] == 1.0 and g["process_noise"] == 0.0 for g in self.param_groups):
+            return self._covariance
+        return self._covariance.predict(
+            self._per_parameter("forgetting"), self._per_parameter("process_noise"), self._world.reduce
+        )
+
+    def _per_parameter(self, key: str) -> Tensor | float:
+        """A group setting as one number where all groups agree, else as this rank's slice of (n,)."""
+        if len({g[key] for g in self.param_groups}) == 1:
+            return float(self.param_groups[0][key])
+        like = self._covariance.state()
+        some = next(iter(like.values()))
+        values = [some.new_full((p.numel(),), g[key]) for g in self.param_groups for p in g["params"]]
+        return torch.cat(values)[self._world.own]
+
+    def _relearn_noise(self, closure: Closure, jacobian: Tensor, before: Linearization) -> None:
+        assert isinstance(self._noise, EmaResidual)
+        assert self._noise_state is not None
+        outputs, labels = closure()
+        after = linearize(self._observation, self._world.gather_rows(outputs), self._world.gather_rows(labels), 0.0)
+        posterior = self._covariance.project(jacobian, self._world.reduce).outputs
+        state = self._noise.relearn(self._noise_state, posterior, Linearization(after.residual, before.link))
+        if bool(torch.isfinite(state).all()):
+            self._noise_state = state
+
+    def _skip(self, rows: int) -> None:
+        self._counters.skipped_rows += rows
+        self._counters.skipped_in_a_row += 1
+        if self._counters.skipped_in_a_row > self._settings["max_skipped"]:
+            raise NonFiniteError(
+                f"{self._counters.skipped_in_a_row} batches in a row gave non-finite outputs, Jacobians or "
+                f"innovations (max_skipped = {self._settings['max_skipped']}); what was learned before them is kept. "
+                "Look at the inputs, or lower initial_covariance or noise_excess if the filter has diverged"
+            )
+
+    def diagnostics(self) -> dict[str, float]:
+        """State of the filter in numbers, for logs: traces of P and R, consistency, counters. A collective call.
+
+        ``consistency`` is eᵀS⁻¹e / N of the last batch: about one on average when the filter is consistent.
+        """
+        marginal = self._covariance.marginal(self._world.reduce)
+        result = {
+            "trace_p": float(self._world.reduce(marginal.double().sum())),
+            "floored": float(self._world.reduce(self._covariance.at_floor().double())),
+            "skipped_rows": float(self._counters.skipped_rows),
+            "jitters": float(self._counters.jitters),
+            "bytes_sent": float(self._world.bytes_sent),
+        }
+        if self._noise_state is not None:
+            result["trace_r"] = float(self._noise_state.trace())
+        if self._last is not None:
+            result["consistency"] = float(self._last.consistency / self._last.weights.numel())
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the filter needs to go on, whole whatever the number of ranks; a collective call.
+
+        Survives ``torch.save`` and ``torch.load(weights_only=True)`` bit for bit.
+        """
+        state = super().state_dict()
+        covariance = {key: self._world.gather_columns(value).clone() for key, value in self._covariance.state().items()}
+        state["filter"] = {
+            "parameters": self._layout(),
+            "covariance": covariance,
+            "noise": None if self._noise_state is None else self._noise_state.clone(),
+            "counters": {f.name: getattr(self._counters, f.name) for f in fields(_Counters)},
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, of the same model and the same kind of covariance.
+
+        Raises:
+            ValueError: a state of another model or covariance, with missing keys, or with values not finite; the
+                optimizer is as it was.
+        """
+        saved = dict(state_dict)
+        loaded = saved.pop("filter", None)
+        if loaded is None or set(loaded) != set(_STATE_KEYS):
+            raise ValueError("this is not a state of LoKO: it has no complete 'filter' entry")
+        if loaded["parameters"] != self._layout():
+            differing = [
+                f"{ours} here, {theirs} there"
+                for ours, theirs in zip(self._layout(), loaded["parameters"], strict=False)
+                if ours != theirs
+            ]
+            raise ValueError(
+                f"this is the state of another model: {len(loaded['parameters'])} trainable parameters there, "
+                f"{len(self._layout())} here" + (f"; the first that differs: {differing[0]}" if differing else "")
+            )
+        own = self._covariance.state()
+        given = loaded["covariance"]
+        whole = {key: (*value.shape[:-1], self._engine.size) for key, value in own.items()}
+        shapes = {key: tuple(value.shape) for key, value in given.items()}
+        if shapes != whole:
+            raise ValueError(
+                f"this is the state of another covariance: {shapes} there, "
+                f"{whole} here; build LoKO with the settings the state was saved with"
+            )
+        noise = loaded["noise"]
+        if not all(
+            bool(torch.isfinite(value).all()) for value in [*given.values(), *([] if noise is None else [noise])]
+        ):
+            raise ValueError("the state holds values that are not finite; take an earlier checkpoint")
+        super().load_state_dict(saved)
+        some = next(iter(own.values()))
+        self._covariance = type(self._covariance).from_state(
+            {key: value[..., self._world.own].to(some, copy=True).contiguous() for key, value in given.items()}
+        )
+        self._noise_state = None if noise is None else noise.to(some.device, copy=True)
+        self._counters = _Counters(**loaded["counters"])
+        self._last = None
+
+    def _layout(self) -> list[str]:
+        return [f"{name}{list(p.shape)}" for name, p in zip(self._engine.names, self._engine.parameters, strict=True)]
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self._settings.items())
+        lines = [f"LoKO({self._engine.size} parameters, {settings})"]
+        for g in self.param_groups:
+            count = sum(p.numel() for p in g["params"])
+            values = ", ".join(f"{key}={g[key]:g}" for key in _GROUP_SETTINGS)
+            lines.append(f"  {g['name']}: {count} parameters, {values}")
+        return "\n".join(lines)
+
+
+def _build_noise(name: str, decay: float, excess: float) -> Any:
+    given = {"decay": decay, "excess": excess}
+    kind = NOISES[name]
+    return kind(**{f.name: given[f.name] for f in fields(kind)})
+
+
+def _named(model: nn.Module, parameters: list[Parameter]) -> list[tuple[str, Parameter]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    unknown = sum(id(p) not in names for p in parameters)
+    if unknown:
+        raise ValueError(f"{unknown} of the parameters given are not parameters of the model")
+    frozen = [names[id(p)] for p in parameters if not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{len(frozen)} of the parameters given are frozen (first: {frozen[0]}); set requires_grad=True"
+        )
+    return [(names[id(p)], p) for p in parameters]
+
+
+def _in_range(key: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} = {value!r}; allowed: {allowed}")
+
+
+def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} = {value!r}; allowed: {', '.join(repr(name) for name in allowed)}")
