@@ -1,0 +1,216 @@
+"""One interface, ``learn(batch) -> outputs``, over the Kalman filter and over any gradient optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loko.config import ExperimentConfig, GradientConfig, LokoConfig
+from loko.optimizer import LoKO, parameter_groups
+from loko.tasks import Batch, Task
+
+__all__ = ["GradientLearner", "KalmanLearner", "Learner", "build_learner"]
+
+
+class Learner(Protocol):
+    """Predicts a batch, then learns it. With several workers every method is collective."""
+
+    def learn(self, batch: Batch) -> Tensor: ...
+    def diagnostics(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class KalmanLearner:
+    """LoKO on a task."""
+
+    def __init__(self, task: Task, arguments: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+        self._task = task
+        self.optimizer = LoKO(task.model, group=group, **arguments)
+
+    def learn(self, batch: Batch) -> Tensor:
+        """The outputs before the update, (B, C)."""
+        return self.optimizer.step(lambda: (self._task.logits(batch), batch.labels))
+
+    def diagnostics(self) -> dict[str, float]:
+        """See ``LoKO.diagnostics``."""
+        return self.optimizer.diagnostics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class GradientLearner:
+    """One gradient step a batch on the mean negative log-likelihood.
+
+    With several workers the gradient is that of the mean over the global batch, as one worker would have it.
+    """
+
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None) -> None:
+        self._task = task
+        self._group = group
+        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        self._skipped = 0
+        self.optimizer = optimizer
+
+    def learn(self, batch: Batch) -> Tensor:
+        """The outputs before the update, (B, C). A batch with a non-finite gradient is skipped, and counted."""
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = self._task.logits(batch)
+        if len(batch):
+            losses = _LOSSES[self._task.observation](outputs, batch.labels)
+            losses.sum().backward()
+        rows = self._average_gradients(len(batch))
+        finite = all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
+        if finite:
+            self.optimizer.step()
+        else:
+            self._skipped += rows
+        return outputs.detach()
+
+    def _average_gradients(self, rows: int) -> int:
+        if self._group is not None:
+            device = self._parameters[0].device
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self._parameters])
+            total = torch.cat([flat, torch.tensor([float(rows)], device=device)]).double()
+            dist.all_reduce(total, group=self._group)
+            rows = int(total[-1])
+            parts = total[:-1].to(flat.dtype).split([p.numel() for p in self._parameters])
+            for p, part in zip(self._parameters, parts, strict=True):
+                p.grad = part.view_as(p).clone()
+        for p in self._parameters:
+            if p.grad is not None:
+                p.grad /= rows
+        return rows
+
+    def diagnostics(self) -> dict[str, float]:
+        """How many rows were skipped."""
+        return {"skipped_rows": float(self._skipped)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "skipped": self._skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._skipped = state["skipped"]
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "categorical": lambda outputs, labels: F.cross_entropy(outputs, labels, reduction="none"),
+    "bernoulli": lambda outputs, labels: F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").sum(1),
+    "gaussian": lambda outputs, labels: (outputs - labels).square().sum(1) / 2,
+}
+
+
+def build_learner(config: ExperimentConfig, task: Task, group: dist.ProcessGroup | None = None) -> Learner:
+    """The learner a config names."""
+    if isinstance(config.optimizer, LokoConfig):
+        return KalmanLearner(task, config.kalman_arguments(), group)
+    return GradientLearner(task, build_optimizer(task.model, config.optimizer), group)
+
+
+def build_optimizer(model: nn.Module, config: GradientConfig) -> torch.optim.Optimizer:
+    """A gradient optimizer with the head's learning rate apart from the adapter's.
+
+    Raises:
+        ValueError: options the optimizer does not take, or a model it does not fit; the message says which.
+    """
+    try:
+        optimizer = _OPTIMIZERS[config.name](model, config)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"optimizer {config.name!r} with options {config.options}: {error}") from error
+    head = {id(p) for g in parameter_groups(model) if g["name"] == "head" for p in g["params"]}
+    _split_off(optimizer, head, config.head_lr_ratio)
+    return optimizer
+
+
+def _split_off(optimizer: torch.optim.Optimizer, chosen: set[int], ratio: float) -> None:
+    """Give the chosen parameters groups of their own at ``ratio`` times the learning rate."""
+    for group in list(optimizer.param_groups):
+        ours = [p for p in group["params"] if id(p) in chosen]
+        rest = [p for p in group["params"] if id(p) not in chosen]
+        if not ours:
+            continue
+        if rest:
+            group["params"] = rest
+            group = {**group, "params": ours}
+            optimizer.param_groups.append(group)
+        group["lr"] = group["lr"] * ratio
+
+
+def _torch(kind: Callable[..., torch.optim.Optimizer], **defaults: Any) -> Callable[..., torch.optim.Optimizer]:
+    def build(model: nn.Module, config: GradientConfig) -> torch.optim.Optimizer:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        return kind(trainable, lr=config.lr, **{**defaults, **config.options})
+
+    return build
+
+
+class _MuonWithAdamW(torch.optim.Optimizer):
+    """Muon on matrices and AdamW on everything else, as Muon's authors use it: Muon takes no vectors."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, **options: Any) -> None:
+        super().__init__(params, {"lr": lr})
+        matrices = [p for p in params if p.dim() == 2]
+        others = [p for p in params if p.dim() != 2]
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, lr=lr, **options)] if matrices else []
+        self._parts += [torch.optim.AdamW(others, lr=lr)] if others else []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        rates = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
+        for part in self._parts:
+            for group in part.param_groups:
+                params = group["params"]
+                for rate in sorted({rates[id(p)] for p in params}):
+                    group["params"], group["lr"] = [p for p in params if rates[id(p)] == rate], rate
+                    part.step()
+                group["params"] = params
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "parts"})
+        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+
+
+def _lora_plus(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
+    from peft.optimizers import create_loraplus_optimizer
+
+    options = {"loraplus_lr_ratio": 16.0, **config.options}
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=config.lr, **options)
+
+
+def _lora_fa(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
+    from peft.optimizers import create_lorafa_optimizer
+
+    adapter = model.peft_config[model.active_adapter]
+    return create_lorafa_optimizer(
+        model, r=adapter.r, lora_alpha=adapter.lora_alpha, lr=config.lr, use_rslora=adapter.use_rslora, **config.options
+    )
+
+
+def _riemannian(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
+    from peft.optimizers import create_riemannian_optimizer
+
+    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=config.lr, **config.options)
+
+
+_OPTIMIZERS: dict[str, Callable[[Any, GradientConfig], torch.optim.Optimizer]] = {
+    "adamw": _torch(torch.optim.AdamW),
+    "adagrad": _torch(torch.optim.Adagrad),
+    "sgd": _torch(torch.optim.SGD, momentum=0.9),
+    "muon": _torch(_MuonWithAdamW),
+    "lora_plus": _lora_plus,
+    "lora_fa": _lora_fa,
+    "riemannian": _riemannian,
+}
