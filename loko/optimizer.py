@@ -178,7 +178,7 @@ class LoKO(torch.optim.Optimizer):
         self._noise = _build_noise(noise, noise_decay, noise_excess)
         self._world = Exact(self._engine.size, group)
         device = self._params[0].device
-        variance = self._initial_variance(seed).to(device, torch.promote_types(self._params[0].dtype, torch.float32))
+        variance = self._initial_variance(seed).to(device, self._engine.dtype)
         self._covariance: Covariance = COVARIANCES[covariance].start(variance[self._world.own].clone(), rank)
         self._noise_state: Tensor | None = None
         self._contrast: Tensor | None = None
