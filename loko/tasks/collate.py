@@ -44,6 +44,13 @@ class Batch:
         return Batch(inputs, self.labels.to(device, non_blocking=True))
 
 
+def _at(rows: Rows, column: str, row: int) -> str:
+    """Where a bad value stands: in the batch and, where the rows know it, in the stream."""
+    positions = getattr(rows, "positions", None)
+    stream = "" if positions is None else f" (row {int(positions[row])} of the stream)"
+    return f"column {column!r}, row {row} of the batch{stream}"
+
+
 def text_inputs(config: TaskConfig, tokenizer: Any) -> Inputs:
     """Tokenize one text, or a pair, padded to the longest in the batch and cut at max_length."""
     columns = [name for name in (config.columns.text, config.columns.text_b) if name is not None]
@@ -53,7 +60,7 @@ def text_inputs(config: TaskConfig, tokenizer: Any) -> Inputs:
         for column, values in zip(columns, texts, strict=True):
             for row, value in enumerate(values):
                 if not isinstance(value, str):
-                    raise TypeError(f"column {column!r}, row {row} of the batch: {value!r} is no text")
+                    raise TypeError(f"{_at(rows, column, row)}: {value!r} is no text")
         empty = not texts[0]
         # A tokenizer cannot pad nothing; a blank row tells which tensors the model expects.
         given = [[""]] * len(columns) if empty else texts
@@ -72,7 +79,7 @@ def image_inputs(config: TaskConfig, processor: Any, channels: int) -> Inputs:
     overrides = _size_overrides(processor, config.image_size)
 
     def inputs(rows: Rows) -> dict[str, Tensor]:
-        images = [_with_channels(image, channels, column, row) for row, image in enumerate(rows.images(column))]
+        images = [_with_channels(rows, image, channels, column, row) for row, image in enumerate(rows.images(column))]
         given = images or [np.zeros((32, 32, channels), np.uint8)]
         encoded = processor(images=given, return_tensors="pt", input_data_format="channels_last", **overrides)
         return {"pixel_values": encoded["pixel_values"][: len(images)]}
@@ -90,11 +97,13 @@ def _size_overrides(processor: Any, image_size: int | None) -> dict[str, Any]:
     return overrides
 
 
-def _with_channels(image: npt.NDArray[np.uint8], channels: int, column: str, row: int) -> npt.NDArray[np.uint8]:
+def _with_channels(
+    rows: Rows, image: npt.NDArray[np.uint8], channels: int, column: str, row: int
+) -> npt.NDArray[np.uint8]:
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise ValueError(
-            f"column {column!r}, row {row} of the batch: an image of type {array.dtype} and shape {array.shape}; "
+            f"{_at(rows, column, row)}: an image of type {array.dtype} and shape {array.shape}; "
             "expected uint8, height x width or height x width x channels"
         )
     if array.ndim == 2:
@@ -108,9 +117,7 @@ def _with_channels(image: npt.NDArray[np.uint8], channels: int, column: str, row
         luma = array @ np.array([0.299, 0.587, 0.114])
         return np.rint(luma).astype(np.uint8)[:, :, None]
     if found != channels:
-        raise ValueError(
-            f"column {column!r}, row {row} of the batch: an image of {found} channels, but the model takes {channels}"
-        )
+        raise ValueError(f"{_at(rows, column, row)}: an image of {found} channels, but the model takes {channels}")
     return array
 
 
@@ -127,7 +134,7 @@ def table_inputs(config: TaskConfig) -> Inputs:
         if not np.isfinite(values).all():
             row, column = (int(index) for index in np.argwhere(~np.isfinite(values))[0])
             raise ValueError(
-                f"column {columns[column]!r}, row {row} of the batch: {values[row, column]} is no finite number; "
+                f"{_at(rows, columns[column], row)}: {values[row, column]} is no finite number; "
                 "clean the rows or fill the gaps when preparing the stream"
             )
         return {"features": torch.from_numpy(values)}
@@ -143,7 +150,7 @@ def labels_to_tensor(rows: Rows, config: TaskConfig) -> Tensor:
     if values.dtype.kind not in "biuf":
         raise ValueError(f"column {names[0]!r}: labels of type {values.dtype}; expected numbers")
     if config.observation == "categorical":
-        return torch.from_numpy(_class_labels(values, names[0], config.num_labels))
+        return torch.from_numpy(_class_labels(rows, values, names[0], config.num_labels))
     values = (
         values.astype(np.float32).reshape(len(values), -1) if values.size else np.zeros((0, config.num_labels), "f4")
     )
@@ -152,24 +159,26 @@ def labels_to_tensor(rows: Rows, config: TaskConfig) -> Tensor:
             f"column {names[0]!r}: labels of {values.shape[1]} numbers a row, but num_labels is {config.num_labels}"
         )
     if config.observation == "bernoulli":
-        _refuse(values, (values != 0) & (values != 1), names, "a bernoulli label is 0 or 1")
+        _refuse(rows, values, (values != 0) & (values != 1), names, "a bernoulli label is 0 or 1")
     else:
-        _refuse(values, ~np.isfinite(values), names, "a gaussian label is a finite number")
+        _refuse(rows, values, ~np.isfinite(values), names, "a gaussian label is a finite number")
     return torch.from_numpy(values)
 
 
-def _class_labels(values: npt.NDArray[Any], name: str, num_labels: int) -> npt.NDArray[np.int64]:
+def _class_labels(rows: Rows, values: npt.NDArray[Any], name: str, num_labels: int) -> npt.NDArray[np.int64]:
     if values.ndim != 1:
         raise ValueError(f"column {name!r}: labels of shape {values.shape}; a categorical label is one integer a row")
     allowed = f"a class is an integer from 0 to {num_labels - 1}; raise num_labels or renumber the classes"
     with np.errstate(invalid="ignore"):
         bad = ~((values >= 0) & (values < num_labels) & (values == np.floor(values)))
-    _refuse(values[:, None], bad[:, None], [name], allowed)
+    _refuse(rows, values[:, None], bad[:, None], [name], allowed)
     return values.astype(np.int64)
 
 
-def _refuse(values: npt.NDArray[Any], bad: npt.NDArray[np.bool_], names: Sequence[str], allowed: str) -> None:
+def _refuse(
+    rows: Rows, values: npt.NDArray[Any], bad: npt.NDArray[np.bool_], names: Sequence[str], allowed: str
+) -> None:
     if bad.any():
         row, output = (int(index) for index in np.argwhere(bad)[0])
         name = names[output] if len(names) > 1 else names[0]
-        raise ValueError(f"column {name!r}, row {row} of the batch: label {values[row, output]}; {allowed}")
+        raise ValueError(f"{_at(rows, name, row)}: label {values[row, output]}; {allowed}")
