@@ -22,8 +22,10 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from loko.stream import ArrowStream, tensor_column, tensor_field, write_shards
+from loko.stream.manifest import MANIFEST
 from ray_jobs.cli import fail, make_app
 from ray_jobs.settings import describe
 
@@ -106,32 +108,35 @@ def prepare(source: str, destination: Path, options: Options, overwrite: bool = 
 def _load(source: str, options: Options, cache: Path) -> Dataset:
     """The source as a map-style data set. Conversions of local files go to `cache`, which is thrown away."""
     path = Path(source)
+    saved = (path / "state.json").exists()
+    how: dict[str, Any] = _reader(path) if path.exists() and not saved else {}
     try:
-        if (path / "state.json").exists():
+        if saved:
             return datasets.load_from_disk(source)
-        if path.exists():
-            builder, files = _builder(path)
-            delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            where: dict[str, Any] = {"data_dir": source} if builder == "imagefolder" else {"data_files": files}
-            return datasets.load_dataset(builder, split=options.split, cache_dir=str(cache), **where, **delimiter)
+        if how:
+            return datasets.load_dataset(**how, split=options.split, cache_dir=str(cache))
         return datasets.load_dataset(source, options.config, split=options.split)
     except Exception as error:  # datasets raises whatever its readers and the network raise
         hint = "" if path.exists() else "; there is no such file or folder, so it was looked up on the hub"
         raise PrepareError(f"{source}: cannot be read with split={options.split} ({error}){hint}") from error
 
 
-def _builder(path: Path) -> tuple[str, list[str]]:
-    """The `datasets` reader for a local path and the files it reads."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+def _reader(path: Path) -> dict[str, Any]:
+    """What `datasets.load_dataset` needs to know of a local path."""
+    inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [p for p in inside if p.name != MANIFEST]
     suffixes = {p.suffix.lower() for p in files}
     if path.is_dir() and suffixes & _IMAGES:
-        return "imagefolder", []
+        return {"path": "imagefolder", "data_dir": str(path)}
     readable = [p for p in files if p.suffix.lower() in _FILES]
     kinds = {_FILES[p.suffix.lower()] for p in readable}
     if len(kinds) != 1:
         found = ", ".join(sorted(suffixes)) or "nothing"
-        raise PrepareError(f"one kind of file is needed, found {found}; readable: {', '.join(_FILES)} and images")
-    return kinds.pop(), [str(p) for p in readable]
+        raise PrepareError(
+            f"{path}: one kind of file is needed, found {found}; readable: {', '.join(_FILES)} and images"
+        )
+    delimiter = {"sep": "\t"} if readable[0].suffix.lower() == ".tsv" else {}
+    return {"path": kinds.pop(), "data_files": [str(p) for p in readable], **delimiter}
 
 
 def _select(rows: Dataset, options: Options) -> Dataset:
@@ -216,14 +221,16 @@ def parse_options(arguments: list[str]) -> Options:
     Raises:
         PrepareError: naming the key, its value and what is allowed.
     """
+    given: dict[Any, Any] = {}
     for argument in arguments:
         if "=" not in argument:
             raise PrepareError(f"{argument!r}: options are written key=value; keys: {', '.join(Options.model_fields)}")
+        try:
+            given |= OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise PrepareError(f"{argument!r} cannot be parsed ({error}); put quotes around the whole of it") from error
     try:
-        given = OmegaConf.to_container(OmegaConf.from_dotlist(arguments))
         return Options.model_validate(given)
-    except OmegaConfBaseException as error:
-        raise PrepareError(f"{' '.join(arguments)}: cannot be parsed ({error}); quote values with spaces") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])

@@ -183,15 +183,20 @@ def open_shards(paths: StreamPath | Iterable[StreamPath], columns: Sequence[str]
 
 def check_same_field(first: pa.Field, other: pa.Field, first_where: str, other_where: str) -> None:
     """Raise StreamError unless a column means the same in two places: the same type, and shape if it is a tensor."""
-    mine, theirs = _meaning(first), _meaning(other)
-    if mine != theirs:
+    # Arrow's equality, unlike its spelling, does not mind that Parquet names the items of a list otherwise.
+    if _meaning(first) != _meaning(other):
         raise StreamError(
-            f"{other_where}, column {other.name!r}: {theirs}, but {mine} in {first_where}; "
+            f"{other_where}, column {other.name!r}: {_spelled(other)}, but {_spelled(first)} in {first_where}; "
             "the schemas differ: prepare them together, or leave the column out of `columns`"
         )
 
 
-def _meaning(field: pa.Field) -> str:
+def _meaning(field: pa.Field) -> tuple[object, ...]:
+    shape = cols.tensor_shape(field)
+    return field.type, shape, None if shape is None else cols.tensor_dtype(field)
+
+
+def _spelled(field: pa.Field) -> str:
     shape = cols.tensor_shape(field)
     return f"{field.type} of shape {shape} and {cols.tensor_dtype(field)}" if shape else str(field.type)
 
@@ -282,7 +287,7 @@ def check_bytes(shard: Shard) -> None:
     recorded = read_manifest(shard.path.parent).get(shard.path.name)
     if recorded is None or crc32_of_file(shard.path) == recorded.crc32:
         return
-    where = "outside its row groups"
+    where = "outside its row groups" if shard.format == "arrow" else "outside the columns this stream reads"
     if recorded.row_groups:
         with pa.memory_map(str(shard.path)) as source, pa.ipc.open_file(source) as reader:
             for group, crc in enumerate(recorded.row_groups):
