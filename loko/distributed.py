@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Exact", "slice_bounds"]
+__all__ = ["Exact", "Ranks", "slice_bounds"]
 
 
 def slice_bounds(size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -30,20 +30,17 @@ def slice_bounds(size: int, rank: int, world_size: int) -> tuple[int, int]:
     return start, start + share + (rank < rest)
 
 
-class Exact:
-    """The exact distributed update over a process group; without one, a world of one worker that communicates nothing.
+class Ranks:
+    """Rows and sums over a process group; without one, a world of one worker that communicates nothing.
 
     Args:
-        size: n, the number of parameters.
         group: a process group (gloo or NCCL) whose ranks each call every method in the same order, or None.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
-        self.bounds = [slice_bounds(size, rank, self.world_size) for rank in range(self.world_size)]
-        self.own = slice(*self.bounds[self.rank])
         self.bytes_sent = 0
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -57,6 +54,33 @@ class Exact:
         dist.all_gather(parts, padded, group=self.group)
         self._sent(padded, self.world_size - 1)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """Sum over the ranks. In float64, so that the sum does not depend on how many there are beyond 1e-15."""
+        if self.world_size == 1:
+            return partial
+        total = partial.double()
+        dist.all_reduce(total, group=self.group)
+        self._sent(total, 1)
+        return total
+
+    def _counts(self, rows: Tensor) -> list[int]:
+        own = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(counts, own, group=self.group)
+        return [int(count) for count in counts]
+
+    def _sent(self, tensor: Tensor, copies: int) -> None:
+        self.bytes_sent += copies * tensor.numel() * tensor.element_size()
+
+
+class Exact(Ranks):
+    """The exact distributed update: each rank holds a slice of the ``size`` = n parameters' covariance."""
+
+    def __init__(self, size: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__(group)
+        self.bounds = [slice_bounds(size, rank, self.world_size) for rank in range(self.world_size)]
+        self.own = slice(*self.bounds[self.rank])
 
     def exchange(self, jacobian: Tensor) -> Tensor:
         """From this rank's rows of all columns (N_r, n) to all rows of this rank's columns (N, n_r)."""
@@ -76,26 +100,8 @@ class Exact:
         self._sent(sent, 1)
         return received.view(-1, width)
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        """Sum over the ranks. In float64, so that the sum does not depend on how many there are beyond 1e-15."""
-        if self.world_size == 1:
-            return partial
-        total = partial.double()
-        dist.all_reduce(total, group=self.group)
-        self._sent(total, 1)
-        return total
-
     def gather_columns(self, part: Tensor) -> Tensor:
         """Concatenate every rank's slice (…, n_r) along the last dimension into (…, n)."""
         if self.world_size == 1:
             return part
         return self.gather_rows(part.movedim(-1, 0).contiguous()).movedim(0, -1).contiguous()
-
-    def _counts(self, rows: Tensor) -> list[int]:
-        own = torch.tensor([len(rows)], device=rows.device)
-        counts = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(counts, own, group=self.group)
-        return [int(count) for count in counts]
-
-    def _sent(self, tensor: Tensor, copies: int) -> None:
-        self.bytes_sent += copies * tensor.numel() * tensor.element_size()

@@ -157,8 +157,8 @@ def advance(run: Run) -> Iterator[Report]:
 
 
 def _report(run: Run) -> Report:
-    done = run.cursor == len(run.stream)
-    if not done:
+    finished = run.cursor == len(run.stream)
+    if not finished:
         _score_near_future(run)
     report: Report = {
         **run.metrics.result(),
@@ -166,9 +166,9 @@ def _report(run: Run) -> Report:
         "rows": run.cursor,
         "rows_digest": f"{run.digest:08x}",
         "learn_seconds": run.seconds,
-        "done": done,
+        "finished": finished,
     }
-    if done and run.heldout is not None:
+    if finished and run.heldout is not None:
         outputs, labels = _predict(run, run.heldout, 0, len(run.heldout))
         report |= {f"heldout_{key}": value for key, value in evaluate(outputs, labels, run.task.observation).items()}
     return report

@@ -1,0 +1,133 @@
+"""What every job needs of Ray: a connection, resources of a trial, and the loop around its reports."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch.distributed as dist
+
+from loko import online
+from loko.config import ExperimentConfig, validate
+
+__all__ = ["connect", "drive", "gpus_a_worker", "resources", "run_workers"]
+
+_ENVIRONMENT = {
+    # Paths in a config are relative to where the job was started, so no trial may change its folder.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # How often Train's controller looks after its workers, in seconds: it bounds what a report costs.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Ray's own summary boxes would stand between the lines of ours.
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+_PASSED_ON = (*_ENVIRONMENT, "HF_HUB_OFFLINE", "PYTHONPATH")
+
+
+def connect(dashboard: bool = False) -> None:
+    """Connect to the cluster of RAY_ADDRESS (as ``ray job submit`` sets it), or start one on this machine, on loopback.
+
+    Args:
+        dashboard: start the dashboard too; Ray Train frees what a stopped trial held through it.
+    """
+    if ray.is_initialized():
+        return
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    settings: dict[str, Any] = {
+        "logging_level": "ERROR",
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": {key: os.environ[key] for key in _PASSED_ON if key in os.environ}},
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**settings)
+    else:
+        ray.init(address="local", include_dashboard=dashboard, dashboard_host="127.0.0.1", **settings)
+
+
+def gpus_a_worker(config: ExperimentConfig) -> float:
+    """GPUs of a worker: what the config says, or one where the cluster has any."""
+    if config.gpus_per_worker is not None:
+        return config.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def resources(config: ExperimentConfig) -> dict[str, float]:
+    """CPUs and GPUs that one worker takes."""
+    wanted = {"CPU": config.cpus_per_worker, "GPU": gpus_a_worker(config)}
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def drive(
+    config: ExperimentConfig,
+    restored: Path | None,
+    report: Callable[[online.Report, Path | None], None],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Run the loop from a checkpoint, if there is one, and hand each rung's report and checkpoint folder on."""
+    # The job has validated the rows once, before the first trial.
+    run = online.start(config, group=group, validate=False)
+    if restored is not None:
+        online.resume(run, restored)
+    for rung in online.advance(run):
+        with tempfile.TemporaryDirectory() as folder:
+            online.save(run, Path(folder))
+            report(rung, Path(folder) if run.ranks.rank == 0 else None)
+
+
+def run_workers(
+    data: dict[str, Any],
+    *,
+    name: str,
+    storage: str,
+    max_failures: int,
+    callbacks: list[Any] | None = None,
+) -> Any:
+    """One run on Ray Train workers that share one filter; started again under the same name it goes on.
+
+    Args:
+        data: an experiment as plain data.
+        name: name of the Train run, the same for a restarted job.
+        storage: folder or URL that every node can write to.
+        max_failures: times the workers are restarted.
+        callbacks: Ray Train callbacks, such as the one that passes reports on to Tune.
+    """
+    config = validate(ExperimentConfig, data)
+    gpu = gpus_a_worker(config) > 0
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config=data,
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers, use_gpu=gpu, resources_per_worker=resources(config)
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            callbacks=callbacks or [],
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    return trainer.fit()
+
+
+def _worker(data: dict[str, Any]) -> None:
+    config = validate(ExperimentConfig, data)
+
+    def report(rung: online.Report, folder: Path | None) -> None:
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
+        ray.train.report(rung, checkpoint=checkpoint)
+
+    group = dist.group.WORLD if config.workers > 1 else None
+    restored = ray.train.get_checkpoint()
+    if restored is None:
+        drive(config, None, report, group)
+    else:
+        with restored.as_directory() as folder:
+            drive(config, Path(folder), report, group)

@@ -1,0 +1,354 @@
+"""From a results folder to tables, plots and one self-contained HTML page.
+
+python -m ray_jobs.report results/mnist
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+import optuna
+import pandas as pd
+import typer
+import yaml
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from loko.config import ConfigError, validate
+from ray_jobs.cli import fail, make_app
+from ray_jobs.settings import Range, SearchConfig
+
+__all__ = ["write"]
+
+app = make_app()
+
+_COLORS = ("#0b6e99", "#d9480f", "#5f3dc4", "#2b8a3e", "#c2255c", "#a67c00", "#495057", "#1098ad")
+_LABEL_ONLY = "#868e96"
+_P0, _BETA = "optimizer.initial_covariance", "optimizer.noise_decay"
+_STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e9ecef",
+    "axes.edgecolor": "#adb5bd",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "font.size": 10,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+    "savefig.bbox": "tight",
+}
+
+
+@app.command(help="Write the tables, plots and HTML page of a search from its results folder.")
+def main(folder: Annotated[Path, typer.Argument(help="results folder, such as results/mnist")]) -> None:
+    """Write a report again."""
+    with fail():
+        write(folder)
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What a results folder holds."""
+
+    config: SearchConfig
+    rungs: pd.DataFrame  # a row a rung a trial
+    stream: dict[str, Any]
+    best: str
+
+    @property
+    def metric(self) -> str:
+        return self.config.search.metric
+
+    @property
+    def quality(self) -> str:
+        """accuracy, or mse for numbers."""
+        return "accuracy" if "accuracy" in self.rungs else "mse"
+
+    def best_run(self, candidate: str) -> pd.DataFrame | None:
+        """Rungs of a candidate's best complete trial, or None if none came to the end."""
+        mine = self.rungs[(self.rungs.candidate == candidate) & (self.rungs.status == "complete")]
+        if mine.empty:
+            return None
+        final = mine.sort_values("rows").groupby("trial").tail(1)
+        winner = final.sort_values(self.metric).trial.iloc[0]
+        return self.rungs[self.rungs.trial == winner].sort_values("rows")
+
+    def color(self, candidate: str) -> str:
+        """A candidate has the same colour in every plot."""
+        return _COLORS[list(self.config.candidates).index(candidate) % len(_COLORS)]
+
+
+def write(folder: Path, console: Console | None = None) -> None:
+    """Write report.html and plots/*.png into a results folder and print the table.
+
+    Raises:
+        ConfigError: the folder holds no finished search.
+    """
+    results = _read(folder)
+    rows = [_summary(results, name) for name in results.config.candidates]
+    figures: list[tuple[str, str, Callable[[_Results], Figure | None]]] = [
+        ("online", "Online NLL and " + results.quality, _online),
+        ("landscape", "Initial covariance p₀ × noise decay β", _landscape),
+        ("importance", "What mattered", _importance),
+        ("filter", "Inside the filter", _traces),
+    ]
+    plots = []
+    (folder / "plots").mkdir(exist_ok=True)
+    with mpl.rc_context(_STYLE):
+        for name, title, draw in figures:
+            figure = draw(results)
+            if figure is None:
+                continue
+            data = io.BytesIO()
+            figure.savefig(data, format="png")
+            plt.close(figure)
+            (folder / "plots" / f"{name}.png").write_bytes(data.getvalue())
+            plots.append({"title": title, "about": _ABOUT[name], "data": base64.b64encode(data.getvalue()).decode()})
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("ray_jobs"), autoescape=True, undefined=jinja2.StrictUndefined
+    ).get_template("report.html")
+    html = page.render(
+        name=results.config.name,
+        headline=_headline(results, rows),
+        columns=list(rows[0]),
+        rows=rows,
+        plots=plots,
+        config=results.best,
+        settings=results.config.search,
+        stream=results.stream,
+        folder=folder.name,
+    )
+    (folder / "report.html").write_text(html)
+    _print(results, rows, folder, console or Console())
+
+
+def _read(folder: Path) -> _Results:
+    try:
+        config = validate(
+            SearchConfig, yaml.safe_load((folder / "search.yaml").read_text()), str(folder / "search.yaml")
+        )
+        rungs = pd.read_parquet(folder / "results.parquet")
+        stream = json.loads((folder / "stream.json").read_text())
+        best = (folder / "best.yaml").read_text()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} holds no finished search ({error.filename} is missing); run python -m ray_jobs.tune first"
+        ) from error
+    return _Results(config, rungs, stream, best)
+
+
+def _summary(results: _Results, candidate: str) -> dict[str, str]:
+    trials = results.rungs[results.rungs.candidate == candidate].drop_duplicates("trial")
+    counts = trials.status.value_counts()
+    row = {
+        "candidate": candidate,
+        "trials": str(len(trials)),
+        "stopped early": str(counts.get("stopped", 0)),
+        "failed": str(counts.get("failed", 0)),
+    }
+    run = results.best_run(candidate)
+    last: Any = {} if run is None else run.iloc[-1].to_dict()
+    quality = results.quality
+    shown = ("nll", quality, "window_nll", f"window_{quality}", "heldout_nll", f"heldout_{quality}", "heldout_ece")
+    row |= {key.replace("_", " "): _number(last.get(key)) for key in shown if key in results.rungs}
+    row["ms a row"] = _number(1e3 * last["learn_seconds"] / last["rows"], 1) if last else ""
+    row["best settings"] = _settings(json.loads(last["params"])) if last else "no trial came to the end"
+    return row
+
+
+def _headline(results: _Results, rows: list[dict[str, str]]) -> str:
+    complete = [row for row in rows if row["nll"]]
+    ranked = sorted(complete, key=lambda row: float(row["nll"]))
+    text = f"{ranked[0]['candidate']} had the lowest online NLL: {ranked[0]['nll']}"
+    if len(ranked) > 1:
+        text += ", before " + ", ".join(f"{row['candidate']} {row['nll']}" for row in ranked[1:])
+    return text + f". Each had {results.config.search.trials} trials on the same {results.stream['rows']} rows."
+
+
+def _online(results: _Results) -> Figure:
+    quality = results.quality
+    window = results.config.experiment.window
+    panels = (
+        ("nll", "Online NLL, cumulative"),
+        (quality, f"Online {quality}, cumulative"),
+        ("window_nll", f"NLL, last {window} rows"),
+        (f"window_{quality}", f"{quality.capitalize()}, last {window} rows"),
+    )
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    for axis, (key, title) in zip(axes.flat, panels, strict=True):
+        axis.set_title(title)
+        for name in results.config.candidates:
+            run = results.best_run(name)
+            if run is not None:
+                axis.plot(run.rows, run[key], color=results.color(name), label=name, lw=1.8)
+        some = results.rungs[results.rungs.status == "complete"].sort_values("rows").drop_duplicates("rows")
+        if f"label_only_{key}" in some:
+            axis.plot(some.rows, some[f"label_only_{key}"], color=_LABEL_ONLY, ls=":", label="label only")
+        _mark_changes(axis, results)
+        if key.endswith("nll"):
+            shown = [line.get_ydata() for line in axis.lines if len(np.atleast_1d(line.get_ydata())) > 2]
+            _limit(axis, np.concatenate([np.asarray(y, float) for y in shown]))
+    for axis in axes[1]:
+        axis.set_xlabel("rows")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _limit(axis: Axes, values: Any) -> None:
+    """One diverged candidate must not flatten the others: the axis ends a little above where most of them are."""
+    values = values[np.isfinite(values)]
+    top = 3 * np.quantile(values, 0.7)
+    if values.max() > top:
+        axis.set_ylim(0, top)
+
+
+def _mark_changes(axis: Axes, results: _Results) -> None:
+    for point in results.stream["change_points"]:
+        axis.axvline(point["row"], color="#212529", lw=0.9, ls="--")
+        axis.annotate(
+            point["description"], (point["row"], 1), (4, -3), xycoords=("data", "axes fraction"),
+            textcoords="offset points", rotation=90, va="top", fontsize=8, color="#495057",
+        )  # fmt: skip
+
+
+def _shared_rung(results: _Results, candidate: str) -> pd.DataFrame:
+    """Every trial of a candidate at the last rung that all of them reached, so that they can be compared."""
+    mine = results.rungs[results.rungs.candidate == candidate]
+    rows = int(mine.groupby("trial").rows.max().min())
+    at = mine[mine.rows == rows]
+    return at.assign(values=[json.loads(params) for params in at.params])
+
+
+def _landscape(results: _Results) -> Figure | None:
+    names = [n for n, c in results.config.candidates.items() if {_P0, _BETA} <= set(c.space)]
+    if not names:
+        return None
+    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        at = _shared_rung(results, name)
+        finite = at[np.isfinite(at[results.metric])]
+        p0, beta = ([values[key] for values in finite["values"]] for key in (_P0, _BETA))
+        drawn = axis.scatter(
+            p0, beta, c=finite[results.metric], cmap="viridis_r", s=90, edgecolors="#212529",
+            linewidths=[2.0 if status == "complete" else 0.4 for status in finite.status],
+        )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set(title=name, xlabel="initial covariance p₀", ylabel="noise decay β")
+        figure.colorbar(drawn, ax=axis, label=f"{results.metric} at row {int(at.rows.iloc[0])}")
+    return figure
+
+
+def _importance(results: _Results) -> Figure | None:
+    found = {name: shares for name in results.config.candidates if (shares := _shares(results, name))}
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 2.6), squeeze=False, layout="constrained")
+    for axis, (name, shares) in zip(axes[0], found.items(), strict=True):
+        keys = list(reversed(shares))
+        axis.barh(
+            [key.removeprefix("optimizer.") for key in keys], [shares[k] for k in keys], color=results.color(name)
+        )
+        axis.set(title=name, xlim=(0, 1), xlabel="share")
+        axis.grid(axis="y", visible=False)
+    return figure
+
+
+def _shares(results: _Results, candidate: str) -> dict[str, float]:
+    """Optuna's importances from all trials at the rung they share; needs a few trials and two keys."""
+    space = results.config.candidates[candidate].space
+    at = _shared_rung(results, candidate)
+    at = at[np.isfinite(at[results.metric])]
+    if len(space) < 2 or len(at) < 4 or at[results.metric].nunique() < 2:
+        return {}
+    study = optuna.create_study()
+    distributions = {key: _distribution(allowed) for key, allowed in space.items()}
+    for value, params in zip(at[results.metric], at["values"], strict=True):
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=float(value)))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def _distribution(allowed: Range) -> optuna.distributions.BaseDistribution:
+    if allowed.choice is not None:
+        return optuna.distributions.CategoricalDistribution(allowed.choice)
+    if allowed.integer or allowed.log_integer:
+        low, high = allowed.integer or allowed.log_integer or (0, 0)
+        return optuna.distributions.IntDistribution(low, high, log=allowed.log_integer is not None)
+    bounds = allowed.uniform or allowed.log_uniform or (0.0, 0.0)
+    return optuna.distributions.FloatDistribution(*bounds, log=allowed.log_uniform is not None)
+
+
+def _traces(results: _Results) -> Figure | None:
+    runs = {n: run for n in results.config.candidates if (run := results.best_run(n)) is not None}
+    panels = (("trace_p", "Trace of P over its first value"), ("trace_r", "Trace of R"),
+              ("consistency", "Normalised innovation eᵀS⁻¹e / N"))  # fmt: skip
+    runs = {n: run for n, run in runs.items() if "trace_p" in run and run.trace_p.notna().any()}
+    if not runs:
+        return None
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        axis.set(title=title, xlabel="rows")
+        for name, run in runs.items():
+            values = run[key] / run[key].iloc[0] if key == "trace_p" else run[key]
+            axis.plot(run.rows, values, color=results.color(name), label=name, lw=1.6)
+        if key == "consistency":
+            axis.axhline(1, color="#868e96", lw=0.8)
+            axis.set_yscale("log")
+        _mark_changes(axis, results)
+    axes[0].legend()
+    return figure
+
+
+_ABOUT = {
+    "online": "The best complete trial of each candidate. Every row is predicted and scored before it is learned. The "
+    "dotted line is a predictor that sees labels only; dashed lines mark where the stream changes.",
+    "landscape": "Every trial, coloured at the last rung that all of them reached. Thick rims: trials that ran to the "
+    "end of the stream; thin rims: stopped early.",
+    "importance": "Shares of the variance of the metric that each searched setting explains (fANOVA), over all trials "
+    "at the rung they share. With few trials these are hints.",
+    "filter": "How certain the filter has become (trace of the parameter covariance P), how noisy it thinks the labels "
+    "are (trace of R), and how large its surprises are beside what it expected (one is consistent).",
+}
+
+
+def _print(results: _Results, rows: list[dict[str, str]], folder: Path, console: Console) -> None:
+    table = Table(title=f"Search {results.config.name}", title_justify="left")
+    hidden = {"failed"} if all(row["failed"] == "0" for row in rows) else set()
+    for column in rows[0]:
+        if column not in hidden:
+            table.add_column(column, justify="left" if column in ("candidate", "best settings") else "right")
+    for row in rows:
+        table.add_row(*(value for column, value in row.items() if column not in hidden))
+    console.print(table)
+    console.print(_headline(results, rows), highlight=False)
+    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key.removeprefix('optimizer.')} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )
+
+
+if __name__ == "__main__":
+    app()

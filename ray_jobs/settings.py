@@ -1,0 +1,189 @@
+"""Search configs, and YAML files with dotted overrides on the command line."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from yaml import YAMLError
+
+from loko.config import ConfigError, ExperimentConfig, validate
+
+__all__ = ["AshaConfig", "Candidate", "Range", "SearchConfig", "SearchSettings", "describe", "read", "with_values"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Range(_Strict):
+    """What a searched key may be: exactly one of the kinds."""
+
+    log_uniform: tuple[float, float] | None = Field(default=None, description="[low, high], uniform in the logarithm")
+    uniform: tuple[float, float] | None = Field(default=None, description="[low, high]")
+    log_integer: tuple[int, int] | None = Field(default=None, description="[low, high], both included")
+    integer: tuple[int, int] | None = Field(default=None, description="[low, high], both included")
+    choice: list[Any] | None = Field(default=None, min_length=1, description="list of values")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Range:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}; got {given or 'none'}")
+        if given[0] != "choice":
+            low, high = getattr(self, given[0])
+            if not low < high or (given[0].startswith("log") and low <= 0):
+                raise ValueError(f"{given[0]} = [{low}, {high}]; the low end must be below the high end, and above 0")
+        return self
+
+    @property
+    def corners(self) -> list[Any]:
+        """Values that have to be valid for the whole range to be."""
+        if self.choice is not None:
+            return self.choice
+        return list(self.log_uniform or self.uniform or self.log_integer or self.integer or ())
+
+
+class Candidate(_Strict):
+    """One optimizer of a search, with its own space."""
+
+    optimizer: dict[str, Any] = Field(description="the optimizer section, as in an experiment; what is not searched")
+    space: dict[str, Range] = Field(default_factory=dict, description="dotted key of the experiment -> range")
+    points: list[dict[str, Any]] = Field(default_factory=list, description="values tried first, by the same keys")
+
+
+class AshaConfig(_Strict):
+    """Asynchronous successive halving on the row cursor."""
+
+    grace_rows: int = Field(default=400, ge=1, description="rows every trial may learn; a multiple of report_every")
+    reduction_factor: float = Field(default=3, gt=1, description="of this many trials at a rung one goes on")
+
+
+class SearchSettings(_Strict):
+    """How the candidates are searched; the same for each of them."""
+
+    trials: int = Field(default=8, ge=1, description="trials a candidate")
+    metric: str = Field(default="nll", description="what is minimised: a key of the reports")
+    sampler: Literal["tpe", "gp", "random"] = Field(default="tpe", description="Optuna sampler")
+    seed: int = Field(default=0, ge=0, description="seed of the sampler")
+    asha: AshaConfig | None = Field(
+        default_factory=AshaConfig, description="early stopping; null runs every trial whole"
+    )
+    concurrent: int | None = Field(default=None, ge=1, description="trials at a time; null is what the cluster holds")
+    storage: str | None = Field(
+        default=None, description="Optuna storage URL (sqlite:///…, postgresql://…); null is study.db in results"
+    )
+    max_failures: int = Field(default=2, ge=0, description="times a trial is restarted after its process died")
+
+
+class SearchConfig(_Strict):
+    """A search: several candidates on one experiment, the same number of trials each."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the search, and of its studies")
+    results: str | None = Field(default=None, description="folder of the results; null is results/NAME")
+    experiment: ExperimentConfig = Field(description="stream, task and loop; its optimizer is a candidate's")
+    candidates: dict[str, Candidate] = Field(min_length=1, description="name -> optimizer and space")
+    search: SearchSettings = Field(default_factory=lambda: SearchSettings(), description="trials, sampler, stopping")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SearchConfig:
+        asha, every = self.search.asha, self.experiment.report_every
+        if asha is not None and asha.grace_rows % every:
+            raise ValueError(
+                f"search.asha.grace_rows = {asha.grace_rows} is not a multiple of experiment.report_every = {every}; "
+                "trials are compared at rungs, where they report"
+            )
+        for name, candidate in self.candidates.items():
+            self._check(name, candidate)
+        return self
+
+    def _check(self, name: str, candidate: Candidate) -> None:
+        """Every corner of a candidate's space must be a valid experiment, so that no trial fails on its config."""
+        plain = self.experiment_of(name, {})
+        for key, allowed in candidate.space.items():
+            for value in allowed.corners:
+                validate(
+                    ExperimentConfig, with_values(plain, {key: value}), f"candidates.{name}.space, {key} = {value}"
+                )
+        for point in candidate.points:
+            unknown = sorted(set(point) ^ set(candidate.space))
+            if unknown:
+                raise ValueError(
+                    f"candidates.{name}.points: a point names exactly the keys of space; differs: {unknown}"
+                )
+            validate(ExperimentConfig, with_values(plain, point), f"candidates.{name}.points, {point}")
+
+    def experiment_of(self, candidate: str, values: dict[str, Any]) -> dict[str, Any]:
+        """The experiment of one trial as plain data: a candidate with values for its searched keys."""
+        plain = self.experiment.model_dump(mode="json")
+        plain["optimizer"] = self.candidates[candidate].optimizer
+        return with_values(plain, values)
+
+    @property
+    def folder(self) -> str:
+        """Where the results are."""
+        return self.results or f"results/{self.name}"
+
+
+def with_values(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested dicts with dotted keys set."""
+    result = copy.deepcopy(data)
+    for dotted, value in values.items():
+        *parents, last = dotted.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return result
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def read(kind: type[Config], path: Path, overrides: list[str]) -> Config:
+    """Read a YAML file, apply overrides such as ``search.trials=4``, and validate.
+
+    Raises:
+        ConfigError: the file cannot be read, an override is no ``key=value``, or a key is wrong.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r} is no override; write it as key=value, such as search.trials=4")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        data = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return validate(kind, data, str(path))
+
+
+def describe(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, default, description) of every key of a config, for ``--help``."""
+    rows: list[tuple[str, str, str]] = []
+    for name, info in kind.model_fields.items():
+        inner = [
+            t
+            for t in (info.annotation, *_arguments(info.annotation))
+            if isinstance(t, type) and issubclass(t, BaseModel)
+        ]
+        default = "required" if info.is_required() else str(info.get_default(call_default_factory=False))
+        single = len(inner) == 1 and not str(info.annotation).startswith(("dict", "list"))
+        if inner and single and inner[0] is not kind:
+            rows += describe(inner[0], f"{prefix}{name}.")
+        elif inner and inner[0] is not kind:
+            place = f"{prefix}{name}." if not str(info.annotation).startswith("dict") else f"{prefix}{name}.NAME."
+            rows += [row for model in inner for row in describe(model, place)]
+        else:
+            rows.append((prefix + name, default, info.description or ""))
+    return rows
+
+
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    arguments = getattr(annotation, "__args__", ())
+    return (*arguments, *(a for outer in arguments for a in _arguments(outer)))
