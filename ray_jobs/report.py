@@ -326,16 +326,21 @@ _ABOUT = {
 }
 
 
+_PRINTED = ("candidate", "trials", "stopped early", "failed", "nll", "accuracy", "mse", "heldout nll", "ms a row")
+
+
 def _print(results: _Results, rows: list[dict[str, str]], folder: Path, console: Console) -> None:
-    table = Table(title=f"Search {results.config.name}", title_justify="left")
+    table = Table(title=f"Search {results.config.name}", title_justify="left", show_edge=False)
     hidden = {"failed"} if all(row["failed"] == "0" for row in rows) else set()
-    for column in rows[0]:
-        if column not in hidden:
-            table.add_column(column, justify="left" if column in ("candidate", "best settings") else "right")
+    columns = [column for column in _PRINTED if column in rows[0] and column not in hidden]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "candidate" else "right", no_wrap=column == "candidate")
     for row in rows:
-        table.add_row(*(value for column, value in row.items() if column not in hidden))
+        table.add_row(*(row[column] for column in columns))
     console.print(table)
-    console.print(_headline(results, rows), highlight=False)
+    for row in rows:
+        console.print(f"  {row['candidate']}: {row['best settings']}", highlight=False, soft_wrap=True)
+    console.print(_headline(results, rows), highlight=False, soft_wrap=True)
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
