@@ -692,7 +692,7 @@ def stream_threads() -> list[threading.Thread]:
 
 def test_the_thread_ends_with_the_iterator(folders: dict[str, Path]) -> None:
     stream = ArrowStream(folders["parquet"])
-    closed, lost, finished = stream.batches(4), stream.batches(4), stream.batches(4)
+    closed, lost, finished = (stream.batches(4, prefetch=2) for _ in range(3))
     for batches in (closed, lost, finished):
         next(batches)
     assert len(stream_threads()) == 3
@@ -703,7 +703,7 @@ def test_the_thread_ends_with_the_iterator(folders: dict[str, Path]) -> None:
     assert len(stream_threads()) == 1
     list(finished)
     assert stream_threads() == []
-    next(ArrowStream(folders["arrow"]).batches(4))
+    next(ArrowStream(folders["arrow"]).batches(4, prefetch=2))
     assert stream_threads() == []
 
 

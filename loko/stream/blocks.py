@@ -29,11 +29,11 @@ class Block:
     """Consecutive rows of a stream, in memory.
 
     `rows` are untouched by drift; `row_ids` says where each lies in the shards, an int standing for consecutive ids
-    from it on; `first` is the stream position of row 0 as the drifts count it. Columns become NumPy once a block, so
-    that a batch of one row costs a slice.
+    from it on; `begin` is the stream position of row 0, `first` the same as the drifts count it. Columns become NumPy
+    once a block, so that a batch of one row costs a slice.
     """
 
-    __slots__ = ("_arrays", "_row_ids", "drifts", "first", "labels", "layout", "locate", "pixels", "rows")
+    __slots__ = ("_arrays", "_row_ids", "begin", "drifts", "first", "labels", "layout", "locate", "pixels", "rows")
 
     def __init__(
         self, rows: pa.RecordBatch, row_ids: Int64Array | int, layout: Layout, locate: Callable[[int], str]
@@ -41,6 +41,7 @@ class Block:
         self.rows = rows
         self.layout = layout
         self.locate = locate
+        self.begin = 0
         self.first = 0
         self.drifts: tuple[Drift, ...] = ()
         self._row_ids = row_ids

@@ -176,6 +176,11 @@ def decode_image(encoded: bytes) -> npt.NDArray[np.uint8]:
         return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
+def may_hide(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold a bad row and still have a null count of 0."""
+    return pa.types.is_floating(kind) or pa.types.is_nested(kind) or isinstance(kind, pa.ExtensionType)
+
+
 def first_bad_row(column: pa.Array) -> int | None:
     """The first row that is null, or holds a null, a NaN or an infinity; None if there is none."""
     bad = _bad_rows(column)

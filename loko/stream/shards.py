@@ -212,6 +212,9 @@ class ShardReader:
         self.schema = schema
         self.columns: list[str] = schema.names
         self.verify = verify
+        # What does not depend on the row group is worked out here: small row groups are read by the thousand.
+        self._as_stored = shard.format == "arrow" and schema.equals(shard.schema, check_metadata=True)
+        self._hiding = [cols.may_hide(kind) for kind in schema.types]
         self._parquet: pq.ParquetFile | None = None
         try:
             if shard.format == "parquet":
@@ -232,7 +235,10 @@ class ShardReader:
             StreamError: naming the columns that cannot be decoded.
         """
         try:
-            batch = pa.RecordBatch.from_arrays(self._decode(group, self.columns), schema=self.schema)
+            if self._as_stored:
+                batch = self._ipc.get_batch(group)
+            else:
+                batch = pa.RecordBatch.from_arrays(self._decode(group, self.columns), schema=self.schema)
             batch.validate(full=self.verify)
         except (pa.ArrowException, OSError) as error:
             raise StreamError(
@@ -249,7 +255,9 @@ class ShardReader:
         """Raise StreamError at the first null, NaN or infinity in `batch`, the rows of row group `group` from
         `first` on.
         """
-        for name, column in zip(self.columns, batch.columns, strict=True):
+        for name, column, hiding in zip(self.columns, batch.columns, self._hiding, strict=True):
+            if not hiding and column.null_count == 0:
+                continue
             row = cols.first_bad_row(column)
             if row is not None:
                 raise StreamError(
@@ -260,8 +268,6 @@ class ShardReader:
     def _decode(self, group: int, columns: list[str]) -> list[pa.Array]:
         if self._parquet is None:
             batch = self._ipc.get_batch(group)
-            if columns == self.shard.schema.names:
-                return batch.columns
             return [batch.column(name) for name in columns]
         table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
         chunked = [table.column(name) for name in columns]

@@ -29,12 +29,11 @@ class StreamBatch:
     the rows as stored; `images`, `pixels`, `labels` and the other accessors apply the stream's drift.
     """
 
-    __slots__ = ("_block", "_first", "_high", "_low", "start", "stop")
+    __slots__ = ("_block", "_high", "_low", "start", "stop")
 
-    def __init__(self, start: int, stop: int, first: int, block: Block, low: int, high: int) -> None:
+    def __init__(self, start: int, stop: int, block: Block, low: int, high: int) -> None:
         self.start = start
         self.stop = stop
-        self._first = first
         self._block = block
         self._low = low
         self._high = high
@@ -53,7 +52,8 @@ class StreamBatch:
     @property
     def positions(self) -> Int64Array:
         """Each row's position in the stream's order, (B,) int64."""
-        return np.arange(self._first, self._first + len(self))
+        first = self._block.begin + self._low
+        return np.arange(first, first + len(self))
 
     @property
     def row_ids(self) -> Int64Array:
@@ -166,7 +166,7 @@ class _SpanningBatch(StreamBatch):
 
     def __init__(self, parts: Sequence[StreamBatch]) -> None:
         head = parts[0]
-        super().__init__(head.start, head.stop, head._first, head._block, head._low, head._high)
+        super().__init__(head.start, head.stop, head._block, head._low, head._high)
         self._parts = parts
 
     def __len__(self) -> int:
@@ -299,7 +299,7 @@ class ArrowStream:
                 self._image_columns.add(name)
 
     def batches(
-        self, batch_size: int, *, cursor: int = 0, rank: int = 0, world_size: int = 1, prefetch: int = 2
+        self, batch_size: int, *, cursor: int = 0, rank: int = 0, world_size: int = 1, prefetch: int = 0
     ) -> Iterator[StreamBatch]:
         """Rank `rank`'s part of every global batch from `cursor` on.
 
@@ -310,8 +310,9 @@ class ArrowStream:
         Args:
             batch_size: rows of a global batch, B.
             cursor: position to start from; len(stream) gives no batch.
-            prefetch: row groups (windows, if shuffled) to read ahead in a background thread; 0 for none. Arrow files in
-                their own order are mapped, not read, and take no thread.
+            prefetch: row groups (windows, if shuffled) to read ahead in a background thread. 0 is fastest where disks
+                are: handing a decoded row group over costs more than decoding it. 1 or 2 hide a slow disk or the
+                gathering of a large shuffled window. Arrow files in their own order are mapped and never take a thread.
 
         Raises:
             StreamError: at once for an argument out of range; while iterating for a row group that cannot be read, or
@@ -333,26 +334,31 @@ class ArrowStream:
         load = self._source.open(cols.Layout(self.schema), verify=not self._verified)
         fetch = ReadAhead(load, count, 0 if self._source.light else prefetch)
         block: Block | None = None
-        first = end = 0
+        begin = end = 0
+        start = cursor
         try:
-            for start in range(cursor, total, batch_size):
-                stop = start + batch_size
-                if stop > total:
-                    stop = total
-                low, high = (start, stop) if world_size == 1 else slice_of(start, stop, rank, world_size)
-                if high <= end and block is not None:
-                    yield StreamBatch(start, stop, low, block, low - first, high - first)
-                    continue
+            while start < total:
+                if block is not None and world_size == 1:
+                    # Most batches lie in one block: as little as possible happens for each.
+                    for stop in range(start + batch_size, end + 1, batch_size):
+                        yield StreamBatch(start, stop, block, start - begin, stop - begin)
+                        start = stop
+                    if start == total:
+                        break
+                stop = min(start + batch_size, total)
+                low, high = slice_of(start, stop, rank, world_size)
                 parts: list[StreamBatch] = []
                 while not parts or low < high:
                     if low >= end or block is None:
                         # An empty slice at the very end lies in no block; the last one gives it its columns.
                         number = min(bisect_right(offsets, low) - 1, count - 1)
-                        block, first, end = fetch(number), offsets[number], offsets[number + 1]
+                        block, begin, end = fetch(number), offsets[number], offsets[number + 1]
+                        block.begin = begin
                     cut = min(high, end)
-                    parts.append(StreamBatch(start, stop, low, block, low - first, cut - first))
+                    parts.append(StreamBatch(start, stop, block, low - begin, cut - begin))
                     low = cut
                 yield parts[0] if len(parts) == 1 else _SpanningBatch(parts)
+                start = stop
         finally:
             fetch.close()
 
@@ -371,7 +377,7 @@ class ArrowStream:
             block = load(number)
             for name in encoded:
                 for row in range(block.rows.num_rows):
-                    StreamBatch(row, row + 1, row, block, row, row + 1).images(name)
+                    StreamBatch(row, row + 1, block, row, row + 1).images(name)
         for shard in self._shards:
             check_bytes(shard)
         self._verified = True
