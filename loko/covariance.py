@@ -29,6 +29,11 @@ __all__ = ["COVARIANCES", "FLOOR", "Covariance", "Diagonal", "LowRank", "Project
 FLOOR = 1e-20
 """Smallest variance kept, in float32's range with room for its square root; entries held there are counted."""
 
+CEILING = 1e20
+"""Largest variance kept. Forgetting inflates what no row excites (an embedding never looked up) without end."""
+
+_CHUNK = 1 << 14  # columns turned to float64 at a time: fits a cache
+
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -78,7 +83,7 @@ class Diagonal:
 
     def predict(self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = _alone) -> Diagonal:
         """``p ← p / λ + q``; λ in (0, 1] and q ≥ 0 are scalars or (n,)."""
-        return Diagonal(self.variance / forgetting + process_noise)
+        return Diagonal((self.variance / forgetting + process_noise).clamp_max_(CEILING))
 
     def project(self, jacobian: Tensor, reduce: Reduce = _alone) -> DiagonalProjection:
         """Look at this covariance through J, (N, n)."""
@@ -119,7 +124,9 @@ class DiagonalProjection:
         rows = torch.linalg.solve_triangular(innovation, times_blocks(root, identity), upper=False)
         shrink = (rows.to(self.jacobian.dtype) @ self.jacobian).square_().sum(0)
         variance = self.covariance.variance
-        return Diagonal((variance - variance.square() * shrink).clamp_min_(FLOOR))
+        # 1 − p·colsum is rounding noise below eps: no step may shrink a variance further than it can know.
+        kept = (1.0 - variance * shrink).clamp_min_(torch.finfo(variance.dtype).eps)
+        return Diagonal((variance * kept).clamp_min_(FLOOR))
 
 
 @dataclass(frozen=True)
@@ -156,13 +163,17 @@ class LowRank:
             root, _ = cholesky(inner)
             factor = torch.linalg.solve_triangular(root.to(factor.dtype), factor, upper=False) / scale
             precision = precision / scale
-        return LowRank(precision, factor)
+        return LowRank(precision.clamp_min(1.0 / CEILING), factor)
 
     def project(self, jacobian: Tensor, reduce: Reduce = _alone) -> LowRankProjection:
-        """Look at this covariance through J, (N, n), by Woodbury's identity in L + N dimensions."""
+        """Look at this covariance through J, (N, n), by Woodbury's identity in L + N dimensions.
+
+        The Gram matrix is summed in float64: K is a difference of two of its blocks, as much smaller than they as the
+        data have made J's outputs certain, and in float32 it would turn negative.
+        """
         rank = len(self.factor)
         rows = torch.cat([self.factor, jacobian]) if rank else jacobian
-        gram = reduce((rows / self.precision) @ rows.mT).double()
+        gram = reduce(_scaled_gram(rows, self.precision))
         inner = gram[:rank, :rank].clone()
         inner.diagonal().add_(1.0)
         root, _ = cholesky((inner + inner.mT) / 2)
@@ -172,12 +183,15 @@ class LowRank:
 
     def marginal(self, reduce: Reduce = _alone) -> Tensor:
         """Variance of every parameter, (n,), by Woodbury's identity."""
-        scaled = self.factor / self.precision
-        inner = reduce(scaled @ self.factor.mT).double()
+        inner = reduce(_scaled_gram(self.factor, self.precision))
         inner.diagonal().add_(1.0)
         root, _ = cholesky((inner + inner.mT) / 2)
-        explained = torch.linalg.solve_triangular(root.to(scaled.dtype), scaled, upper=False).square().sum(0)
-        return (1.0 / self.precision - explained).clamp_min(FLOOR)
+        parts = []
+        for part, scale in zip(self.factor.split(_CHUNK, 1), self.precision.split(_CHUNK), strict=True):
+            scale = scale.double()
+            explained = torch.linalg.solve_triangular(root, part / scale, upper=False).square().sum(0)
+            parts.append((1.0 / scale - explained).clamp_min(FLOOR).to(self.precision.dtype))
+        return torch.cat(parts)
 
     def state(self) -> dict[str, Tensor]:
         return {"precision": self.precision, "factor": self.factor}
@@ -204,7 +218,8 @@ class LowRankProjection:
     def mean_step(self, weights: Tensor) -> Tensor:
         """``P Jᵀ w = U⁻¹ (Jᵀ − Wᵀ (I + W U⁻¹ Wᵀ)⁻¹ W U⁻¹ Jᵀ) w``, (n,)."""
         combined = torch.cat([-self.explained @ weights, weights])
-        return (self.rows.mT @ combined.to(self.rows.dtype)) / self.covariance.precision
+        moved = [rows.mT.double() @ combined for rows in self.rows.split(_CHUNK, 1)]  # float64: see project
+        return torch.cat(moved).to(self.rows.dtype) / self.covariance.precision
 
     def condition(self, root: Tensor) -> LowRank:
         """Append the whitened rows ``G J`` to W, keep the L strongest directions, and move the rest into u.
@@ -225,6 +240,15 @@ class LowRankProjection:
         cut = total - rank
         precision = self.covariance.precision + directions[:cut].square().sum(0)
         return LowRank(precision.clamp_max_(1.0 / FLOOR), directions[cut:])
+
+
+def _scaled_gram(rows: Tensor, precision: Tensor) -> Tensor:
+    """``rows diag(precision)⁻¹ rowsᵀ`` in float64, a chunk of columns at a time so that memory stays small."""
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for part, scale in zip(rows.split(_CHUNK, 1), precision.split(_CHUNK), strict=True):
+        part = part.double()
+        gram += (part / scale) @ part.mT
+    return gram
 
 
 COVARIANCES: dict[str, type[Covariance]] = {"diagonal": Diagonal, "low_rank": LowRank}

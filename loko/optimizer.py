@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from loko.covariance import COVARIANCES, Covariance, initial_variance
+from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, initial_variance
 from loko.distributed import Exact
 from loko.filter import Innovation, Linearization
 from loko.jacobian import JacobianEngine
@@ -137,11 +137,13 @@ class LoKO(torch.optim.Optimizer):
         _one_of("covariance", covariance, COVARIANCES)
         _one_of("noise", noise, NOISES)
         _one_of("initial_distribution", initial_distribution, ("constant", "uniform"))
-        _in_range("rank", rank, rank >= 0, ">= 0")
+        _in_range("rank", rank, isinstance(rank, int) and rank >= 0, "an integer >= 0")
         _in_range("noise_decay", noise_decay, 0 <= noise_decay < 1, "in [0, 1)")
-        _in_range("initial_noise", initial_noise, initial_noise is None or initial_noise > 0, "> 0, or None")
-        _in_range("noise_excess", noise_excess, noise_excess >= 0, ">= 0")
+        _in_range("initial_noise", initial_noise, initial_noise is None or 0 < initial_noise < math.inf, "> 0, or None")
+        _in_range("noise_excess", noise_excess, 0 <= noise_excess < math.inf, "finite and >= 0")
         _in_range("linearization", linearization, 0 <= linearization <= 1, "in [0, 1]")
+        if isinstance(observation, str):
+            _one_of("observation", observation, OBSERVATIONS)
         _in_range("max_skipped", max_skipped, max_skipped >= 0, ">= 0")
         groups: list[Any] = list(parameter_groups(model) if params is None else params)
         if not groups:
@@ -174,7 +176,6 @@ class LoKO(torch.optim.Optimizer):
         self._params = [p for g in self.param_groups for p in g["params"]]
         self._engine = JacobianEngine(model, _named(model, self._params))
         self._observation = OBSERVATIONS[observation]() if isinstance(observation, str) else observation
-        _one_of("observation", observation if isinstance(observation, str) else "", (*OBSERVATIONS, ""))
         self._noise = _build_noise(noise, noise_decay, noise_excess)
         self._world = Exact(self._engine.size, group)
         device = self._params[0].device
@@ -189,20 +190,17 @@ class LoKO(torch.optim.Optimizer):
         names = [g["name"] for g in self.param_groups]
         for name, scale in scales.items():
             _one_of("scales", name, names)
-            _in_range(f"scales[{name!r}]", scale, scale > 0, "> 0")
+            _in_range(f"scales[{name!r}]", scale, 0 < scale < math.inf, "finite and > 0")
         for g in self.param_groups:
             g["initial_covariance"] *= scales.get(g["name"], 1.0)
+            _check_group(g)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only during construction: the filter's covariance is laid out once."""
         if hasattr(self, "_covariance"):
             raise RuntimeError("LoKO's covariance is laid out once; build a new optimizer to add parameters")
         super().add_param_group(param_group)
-        g = self.param_groups[-1]
-        p0, decay, q = (g[key] for key in _GROUP_SETTINGS)
-        _in_range("initial_covariance", p0, math.isfinite(p0) and p0 > 0, "finite and > 0")
-        _in_range("forgetting", decay, 0 < decay <= 1, "in (0, 1]")
-        _in_range("process_noise", q, math.isfinite(q) and q >= 0, "finite and >= 0")
+        _check_group(self.param_groups[-1])
 
     def _initial_variance(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -262,19 +260,30 @@ class LoKO(torch.optim.Optimizer):
         if self._noise_state is None:
             initial = self._observation.initial_noise(outputs.shape[1], self._settings["initial_noise"])
             self._noise_state = self._noise.initial(initial).to(outputs.device)
+        if len(self._noise_state) != len(self._contrast):
+            raise ValueError(
+                f"the noise loaded is of {len(self._noise_state)} observed outputs, the model gives "
+                f"{len(self._contrast)}: the state is of another model"
+            )
         return self._contrast
 
     def _learn(self, jacobian: Tensor, observed: Linearization) -> bool:
         """One predict and update; False, and nothing changed, when a number in it is not finite."""
         assert self._noise_state is not None
+        if not bool(torch.isfinite(observed.residual).all()):
+            return False
         predicted = self._predicted()
         prior = predicted.project(jacobian, self._world.reduce)
         innovation, noise = self._noise.innovate(self._noise_state, prior.outputs, observed)
         delta = prior.mean_step(innovation.weights)
-        # A non-finite Jacobian shows in K, non-finite outputs show in the residual; both show in w.
-        if not bool(torch.isfinite(innovation.weights).all() & torch.isfinite(self._world.reduce(delta.sum()))):
+        # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
+        if not bool(torch.isfinite(innovation.weights).all()):
             return False
-        self._covariance = prior.condition(innovation.root)
+        posterior = prior.condition(innovation.root)
+        total = torch.stack([delta.sum().double(), *(value.sum().double() for value in posterior.state().values())])
+        if not bool(torch.isfinite(self._world.reduce(total)).all()):
+            return False
+        self._covariance = posterior
         self._noise_state = noise
         self._last = innovation
         self._counters.jitters += innovation.jitters
@@ -362,7 +371,8 @@ class LoKO(torch.optim.Optimizer):
         """
         saved = dict(state_dict)
         loaded = saved.pop("filter", None)
-        if loaded is None or set(loaded) != set(_STATE_KEYS):
+        counters = {f.name for f in fields(_Counters)}
+        if loaded is None or set(loaded) != set(_STATE_KEYS) or set(loaded["counters"]) != counters:
             raise ValueError("this is not a state of LoKO: it has no complete 'filter' entry")
         if loaded["parameters"] != self._layout():
             differing = [
@@ -427,6 +437,13 @@ def _named(model: nn.Module, parameters: list[Parameter]) -> list[tuple[str, Par
             f"{len(frozen)} of the parameters given are frozen (first: {frozen[0]}); set requires_grad=True"
         )
     return [(names[id(p)], p) for p in parameters]
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    p0, decay, q = (group[key] for key in _GROUP_SETTINGS)
+    _in_range("initial_covariance", p0, FLOOR <= p0 <= CEILING, f"in [{FLOOR:g}, {CEILING:g}]")
+    _in_range("forgetting", decay, 0 < decay <= 1, "in (0, 1]")
+    _in_range("process_noise", q, 0 <= q <= CEILING, f"in [0, {CEILING:g}]")
 
 
 def _in_range(key: str, value: object, ok: bool, allowed: str) -> None:

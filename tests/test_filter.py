@@ -97,7 +97,7 @@ def oracle_of(model: nn.Module, optimizer: LoKO, noise: str, regime: dict[str, A
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-8) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.norm()))
 
 
 # Every triple of kind, noise and observation; the regimes take turns, so that each pair with a regime occurs.
