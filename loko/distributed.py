@@ -98,7 +98,7 @@ class Exact(Ranks):
             group=self.group,
         )
         self._sent(sent, 1)
-        return received.view(-1, width)
+        return received.view(sum(counts), width)
 
     def gather_columns(self, part: Tensor) -> Tensor:
         """Concatenate every rank's slice (…, n_r) along the last dimension into (…, n)."""

@@ -1,0 +1,155 @@
+"""One filter over several workers is one worker's filter on the whole batch, however rows and parameters are split."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from loko import LoKO
+from loko.distributed import Exact, slice_bounds
+from tests.oracle import covariance_of
+from tests.test_filter import Tiny, rows
+
+X, Y = rows("categorical", 3, 24)
+# Rows a rank takes of each batch: unequal, ranks with none, and a batch of which nobody has a row.
+SPLITS: dict[int, list[tuple[int, ...]]] = {
+    1: [(6,), (6,), (0,), (6,), (6,)],
+    2: [(3, 3), (0, 6), (0, 0), (5, 1), (2, 4)],
+    3: [(3, 1, 2), (0, 6, 0), (0, 0, 0), (0, 4, 2), (1, 1, 4)],
+}
+CASES: list[dict[str, Any]] = [
+    {"covariance": "diagonal", "noise": "ema", "forgetting": 0.95},
+    {"covariance": "diagonal", "noise": "categorical_ema", "initial_distribution": "uniform"},
+    {"rank": 4, "noise": "ema", "forgetting": 0.95, "process_noise": 1e-3, "scales": {"head": 2.0}},
+    {"rank": 4, "noise": "ema_residual", "process_noise": 1e-3},
+    {"rank": 0, "noise": "categorical", "forgetting": 0.95},
+    {"rank": 40, "noise": "fixed"},
+]
+
+
+def run(rank: int, world_size: int, group: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Four batches and one with a NaN on the last rank, with a resume through a state in the middle."""
+    model = Tiny(3)
+    optimizer = LoKO(model, group=group, **settings)
+    states, predicted, start = [], [], 0
+    for number, split in enumerate(SPLITS[world_size]):
+        own = slice(start + sum(split[:rank]), start + sum(split[: rank + 1]))
+        start += sum(split)
+        predicted.append(optimizer.step(lambda own=own: (model(X[own]), Y[own])))
+        if number == 1:
+            bad = X[own.start : own.stop] * (torch.nan if rank == world_size - 1 else 1.0)
+            bad = bad if len(bad) or rank < world_size - 1 else torch.full((1, 3), torch.nan).double()
+            optimizer.step(lambda bad=bad: (model(bad), Y[: len(bad)]))
+            states.append(optimizer.state_dict())
+            optimizer = LoKO(model, group=group, **settings)
+            optimizer.load_state_dict(states[0])
+    states.append(optimizer.state_dict())
+    return {
+        "theta": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        "P": covariance_of(optimizer),
+        "R": states[-1]["filter"]["noise"],
+        "counters": states[-1]["filter"]["counters"],
+        "middle": states[0],
+        "predicted": predicted,
+        "diagnostics": optimizer.diagnostics(),
+    }
+
+
+def few_parameters(rank: int, group: Any) -> Tensor:
+    """Two parameters over three ranks: one of them owns nothing."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, dtype=torch.float64)
+    optimizer = LoKO(model, group=group, observation="gaussian", rank=2)
+    for i in range(3):
+        own = slice(i, i + 1) if rank in (0, None) else slice(0, 0)
+        optimizer.step(lambda own=own: (model(X[own, :1]), X[own, 1:2]))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    pair = dist.new_group([0, 1])
+    results = {3: [run(rank, 3, dist.group.WORLD, case) for case in CASES]}
+    if rank < 2:
+        results[2] = [run(rank, 2, pair, case) for case in CASES]
+    results["few"] = few_parameters(rank, dist.group.WORLD)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * float(want.norm()))
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_two_and_three_workers_are_one(tmp_path: Path) -> None:
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # torch is imported once, not thrice
+    torch.multiprocessing.start_processes(worker, (str(tmp_path),), nprocs=3, start_method="forkserver")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    for index, case in enumerate(CASES):
+        alone = run(0, 1, None, case)
+        for world in (2, 3):
+            results = [ranks[rank][world][index] for rank in range(world)]
+            for result in results:
+                for key in ("theta", "P", "R"):
+                    close(result[key], alone[key])
+                    assert torch.equal(result[key], results[0][key])
+                assert result["counters"]["rows"] == alone["counters"]["rows"] == 24
+                assert result["counters"]["steps"] == alone["counters"]["steps"] == 4
+                assert result["counters"]["skipped_in_a_row"] == 0
+                assert result["counters"]["skipped_rows"] > 0
+                for key in ("trace_p", "trace_r", "consistency"):
+                    assert result["diagnostics"][key] == pytest.approx(alone["diagnostics"][key], rel=1e-9)
+                assert result["diagnostics"]["bytes_sent"] > 0
+            for batch, whole in enumerate(alone["predicted"]):
+                close(torch.cat([result["predicted"][batch] for result in results]), whole)
+        # A state is whole, whatever the world: one worker goes on where three stopped.
+        covariances = []
+        for state in (ranks[2][3][index]["middle"], alone["middle"]):
+            single = LoKO(Tiny(3), **case)
+            single.load_state_dict(state)
+            covariances.append(covariance_of(single))
+        close(*covariances)
+    want = few_parameters(0, None)
+    for results in ranks:
+        close(results["few"], want)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 9])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_slices_cover_everything_once(size: int, world_size: int) -> None:
+    bounds = [slice_bounds(size, rank, world_size) for rank in range(world_size)]
+    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(size))
+    lengths = [stop - start for start, stop in bounds]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "message"),
+    [
+        (0, 0, "world_size = 0"),
+        (0, -1, "world_size = -1"),
+        (2, 2, r"rank = 2 is outside \[0, 2\)"),
+        (-1, 2, "rank = -1"),
+    ],
+)
+def test_worlds_that_cannot_be(rank: int, world_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slice_bounds(5, rank, world_size)
+
+
+def test_one_worker_communicates_nothing() -> None:
+    alone, rows = Exact(4, None), torch.randn(2, 4)
+    assert alone.own == slice(0, 4)
+    assert all(same is rows for same in (alone.gather_rows(rows), alone.exchange(rows), alone.reduce(rows)))
+    assert alone.gather_columns(rows) is rows
+    assert alone.bytes_sent == 0
