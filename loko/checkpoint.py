@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,13 @@ def load(folder: Path, model: nn.Module, belongs_to: dict[str, str]) -> dict[str
                 f"{folder} belongs to another {key} ({saved}, here {value}); start under another name, or go back to "
                 f"the {key} it was made with"
             )
-    state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to run what is in the file; it is left out.
+        raise CheckpointError(
+            f"{folder / _STATE} cannot be read: it holds more than tensors, numbers and text"
+        ) from error
     load_parameters(model, read_parameters(folder))
     return state
 
@@ -105,7 +112,7 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _verified(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
-        hashes: dict[str, str] = manifest["sha256"]
+        hashes = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a complete checkpoint: no readable {_MANIFEST} ({error})") from error
     if manifest.get("format") != _FORMAT:

@@ -57,7 +57,8 @@ class GradientLearner:
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None) -> None:
         self._task = task
         self._group = group
-        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        # LoRA-FA's groups hold frozen parameters too.
+        self._parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
         self._skipped = 0
         self.optimizer = optimizer
 
@@ -123,6 +124,10 @@ def build_optimizer(model: nn.Module, config: GradientConfig) -> torch.optim.Opt
     Raises:
         ValueError: options the optimizer does not take, or a model it does not fit; the message says which.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"optimizer {config.name!r}: the model has no trainable parameter; give it an adapter")
+    if config.name in _OF_LORA and not any("lora_A" in name for name, _ in model.named_parameters()):
+        raise ValueError(f"optimizer {config.name!r} is one of LoRA; use task.adapter.method lora, rslora or dora")
     try:
         optimizer = _OPTIMIZERS[config.name](model, config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -135,13 +140,16 @@ def build_optimizer(model: nn.Module, config: GradientConfig) -> torch.optim.Opt
 def _split_off(optimizer: torch.optim.Optimizer, chosen: set[int], ratio: float) -> None:
     """Give the chosen parameters groups of their own at ``ratio`` times the learning rate."""
     for group in list(optimizer.param_groups):
-        ours = [p for p in group["params"] if id(p) in chosen]
-        rest = [p for p in group["params"] if id(p) not in chosen]
-        if not ours:
+        inside = [id(p) in chosen for p in group["params"]]
+        if not any(inside):
             continue
-        if rest:
-            group["params"] = rest
-            group = {**group, "params": ours}
+        if not all(inside):
+            # LoRA-FA keeps lists beside the parameters, an item each.
+            lists: list[str] = [key for key in ("params", "names", "scaling_factors") if key in group]
+            ours = {key: [item for item, ok in zip(group[key], inside, strict=True) if ok] for key in lists}
+            rest = {key: [item for item, ok in zip(group[key], inside, strict=True) if not ok] for key in lists}
+            group.update(rest)
+            group = {**group, **ours}
             optimizer.param_groups.append(group)
         group["lr"] = group["lr"] * ratio
 
@@ -194,8 +202,10 @@ def _lora_fa(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
     from peft.optimizers import create_lorafa_optimizer
 
     adapter = model.peft_config[model.active_adapter]
+    # Newer versions of PEFT see it in the adapter, and warn.
+    scaled = {"use_rslora": True} if adapter.use_rslora else {}
     return create_lorafa_optimizer(
-        model, r=adapter.r, lora_alpha=adapter.lora_alpha, lr=config.lr, use_rslora=adapter.use_rslora, **config.options
+        model, r=adapter.r, lora_alpha=adapter.lora_alpha, lr=config.lr, **scaled, **config.options
     )
 
 
@@ -205,6 +215,7 @@ def _riemannian(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
     return create_riemannian_optimizer(model, torch.optim.AdamW, lr=config.lr, **config.options)
 
 
+_OF_LORA = ("lora_plus", "lora_fa", "riemannian")
 _OPTIMIZERS: dict[str, Callable[[Any, GradientConfig], torch.optim.Optimizer]] = {
     "adamw": _torch(torch.optim.AdamW),
     "adagrad": _torch(torch.optim.Adagrad),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from loko import checkpoint
 from loko.config import ExperimentConfig, StreamConfig
@@ -30,7 +30,7 @@ from loko.stream import ArrowStream, concatenate
 from loko.stream.columns import ColumnKind
 from loko.tasks import Task, TaskConfig, build
 
-__all__ = ["Report", "Run", "advance", "column_kinds", "open_stream", "resume", "save", "start"]
+__all__ = ["Report", "Run", "advance", "column_kinds", "open_stream", "resume", "save", "start", "trained_model"]
 
 Report = dict[str, Any]
 
@@ -226,6 +226,18 @@ def resume(run: Run, folder: Path) -> None:
     run.cursor, run.digest, run.seconds = state["cursor"], state["digest"], state["seconds"]
     run.resumed_from = run.cursor
     torch.set_rng_state(state["random"])
+
+
+def trained_model(config: ExperimentConfig, folder: Path) -> nn.Module:
+    """The model of a run with the parameters of its checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another model.
+    """
+    task = build(config.task)
+    build_learner(config, task)  # some optimizers freeze what they do not train, LoRA-FA every A
+    checkpoint.load_parameters(task.model, checkpoint.read_parameters(folder))
+    return task.model
 
 
 def _identity(run: Run) -> dict[str, str]:

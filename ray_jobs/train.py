@@ -14,9 +14,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from loko import checkpoint, online
+from loko import online
 from loko.config import ConfigError, ExperimentConfig
-from loko.tasks import build, save_adapter
+from loko.tasks import save_adapter
 from ray_jobs import cluster
 from ray_jobs.cli import Overrides, fail, help_for, make_app
 from ray_jobs.settings import read
@@ -60,10 +60,8 @@ def run(config: ExperimentConfig, name: str, results: Path, max_failures: int = 
         config.model_dump(mode="json"), name="train", storage=str(folder), max_failures=max_failures
     )
     report = {key: value for key, value in result.metrics.items() if isinstance(value, str | int | float | bool)}
-    task = build(config.task)
     with result.checkpoint.as_directory() as saved:
-        checkpoint.load_parameters(task.model, checkpoint.read_parameters(Path(saved)))
-    save_adapter(task.model, folder / "adapter")
+        save_adapter(online.trained_model(config, Path(saved)), folder / "adapter")
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     return report
 

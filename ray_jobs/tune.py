@@ -20,9 +20,9 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from loko import checkpoint, online
+from loko import online
 from loko.config import ExperimentConfig, validate
-from loko.tasks import build, save_adapter
+from loko.tasks import save_adapter
 from ray_jobs import cluster
 from ray_jobs.cli import Overrides, fail, help_for, make_app
 from ray_jobs.optuna_search import make_search
@@ -245,11 +245,10 @@ def _write_best(config: SearchConfig, folder: Path, score: float, candidate: str
         f"# Run it: python -m ray_jobs.train {_shown(folder / 'best.yaml')}\n"
     )
     (folder / "best.yaml").write_text(head + yaml.safe_dump(plain, sort_keys=False))
-    task = build(validate(ExperimentConfig, plain).task)
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as saved:
-        checkpoint.load_parameters(task.model, checkpoint.read_parameters(Path(saved)))
-    save_adapter(task.model, str(folder / "adapter"))
+        model = online.trained_model(validate(ExperimentConfig, plain), Path(saved))
+    save_adapter(model, folder / "adapter")
 
 
 def _shown(path: Path) -> str:
