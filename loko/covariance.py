@@ -32,8 +32,6 @@ FLOOR = 1e-20
 CEILING = 1e20
 """Largest variance kept. Forgetting inflates what no row excites (an embedding never looked up) without end."""
 
-_CHUNK = 1 << 14  # columns turned to float64 at a time: fits a cache
-
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -166,32 +164,35 @@ class LowRank:
         return LowRank(precision.clamp_min(1.0 / CEILING), factor)
 
     def project(self, jacobian: Tensor, reduce: Reduce = _alone) -> LowRankProjection:
-        """Look at this covariance through J, (N, n), by Woodbury's identity in L + N dimensions.
+        """Look at this covariance through J, (N, n), by a square root of it.
 
-        The Gram matrix is summed in float64: K is a difference of two of its blocks, as much smaller than they as the
-        data have made J's outputs certain, and in float32 it would turn negative.
+        With everything scaled by U^(-½), ``W̃ = W U^(-½)`` and ``J̃ = J U^(-½)``, the covariance is ``M²`` for
+        ``M = I − W̃ᵀ T W̃``, where T has the eigenvectors of ``W̃ W̃ᵀ`` and the values (1 − (1 + g)^(-½)) / g. So K is the
+        Gram matrix of the rows ``J̃ M``: never negative, and without Woodbury's difference of two large numbers, which
+        float32 cannot hold once the data have made J's outputs certain.
         """
-        rank = len(self.factor)
-        rows = torch.cat([self.factor, jacobian]) if rank else jacobian
-        gram = reduce(_scaled_gram(rows, self.precision))
-        inner = gram[:rank, :rank].clone()
-        inner.diagonal().add_(1.0)
-        root, _ = cholesky((inner + inner.mT) / 2)
-        explained = torch.cholesky_solve(gram[:rank, rank:], root)  # (I + W U⁻¹ Wᵀ)⁻¹ W U⁻¹ Jᵀ
-        outputs = gram[rank:, rank:] - gram[rank:, :rank] @ explained
-        return LowRankProjection(self, rows, explained, (outputs + outputs.mT) / 2, reduce)
+        scale, factor, gram, shrink = self._whitened(reduce)
+        rows = jacobian * scale
+        cross = reduce(rows @ factor.mT).double()
+        rows.addmm_((cross @ shrink).to(rows.dtype), factor, alpha=-1.0)
+        outputs = reduce(rows @ rows.mT).double()
+        return LowRankProjection(self, scale, factor, rows, gram, cross, shrink, (outputs + outputs.mT) / 2, reduce)
+
+    def _whitened(self, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U^(-½), W̃, W̃ W̃ᵀ and T."""
+        scale = self.precision.rsqrt()
+        factor = self.factor * scale
+        gram = reduce(factor @ factor.mT).double()
+        gram = (gram + gram.mT) / 2
+        values, vectors = torch.linalg.eigh(gram)
+        root = (1.0 + values.clamp_min(0)).sqrt()
+        return scale, factor, gram, (vectors / (root * (root + 1.0))) @ vectors.mT  # T, without dividing by a small g
 
     def marginal(self, reduce: Reduce = _alone) -> Tensor:
-        """Variance of every parameter, (n,), by Woodbury's identity."""
-        inner = reduce(_scaled_gram(self.factor, self.precision))
-        inner.diagonal().add_(1.0)
-        root, _ = cholesky((inner + inner.mT) / 2)
-        parts = []
-        for part, scale in zip(self.factor.split(_CHUNK, 1), self.precision.split(_CHUNK), strict=True):
-            scale = scale.double()
-            explained = torch.linalg.solve_triangular(root, part / scale, upper=False).square().sum(0)
-            parts.append((1.0 / scale - explained).clamp_min(FLOOR).to(self.precision.dtype))
-        return torch.cat(parts)
+        """Variance of every parameter, (n,): the squared rows of U^(-½) M."""
+        scale, factor, gram, shrink = self._whitened(reduce)
+        explained = (factor.mT @ (2 * shrink - shrink @ gram @ shrink).to(factor.dtype)) * factor.mT
+        return (scale.square() * (1.0 - explained.sum(1))).clamp_min(FLOOR)
 
     def state(self) -> dict[str, Tensor]:
         return {"precision": self.precision, "factor": self.factor}
@@ -207,48 +208,61 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LowRankProjection:
-    """A low-rank covariance seen through J: ``rows`` are W above J, (L + N, n)."""
+    """A low-rank covariance seen through J; see ``LowRank.project``.
+
+    Attributes:
+        scale: U^(-½), (n,).
+        factor: W̃, (L, n).
+        rows: J̃ M, (N, n).
+        gram: W̃ W̃ᵀ, (L, L) float64.
+        cross: J̃ W̃ᵀ, (N, L) float64.
+        shrink: T, (L, L) float64.
+        outputs: K, (N, N) float64.
+    """
 
     covariance: LowRank
+    scale: Tensor
+    factor: Tensor
     rows: Tensor
-    explained: Tensor
+    gram: Tensor
+    cross: Tensor
+    shrink: Tensor
     outputs: Tensor
     reduce: Reduce = field(repr=False)
 
     def mean_step(self, weights: Tensor) -> Tensor:
-        """``P Jᵀ w = U⁻¹ (Jᵀ − Wᵀ (I + W U⁻¹ Wᵀ)⁻¹ W U⁻¹ Jᵀ) w``, (n,)."""
-        combined = torch.cat([-self.explained @ weights, weights])
-        moved = [rows.mT.double() @ combined for rows in self.rows.split(_CHUNK, 1)]  # float64: see project
-        return torch.cat(moved).to(self.rows.dtype) / self.covariance.precision
+        """``P Jᵀ w = U^(-½) M (J̃ M)ᵀ w``, (n,)."""
+        moved = self.rows.mT @ weights.to(self.rows.dtype)
+        along = self.shrink @ self.reduce(self.factor @ moved).double()
+        return self.scale * (moved - self.factor.mT @ along.to(moved.dtype))
 
     def condition(self, root: Tensor) -> LowRank:
         """Append the whitened rows ``G J`` to W, keep the L strongest directions, and move the rest into u.
 
-        The strongest are those of the eigen-decomposition of the (L + N)² Gram matrix; the diagonal of what is cut goes
-        to u, so the diagonal of the precision is exact whatever the rank. No decomposition of an n-row matrix is made.
+        Strength is measured against what is known already: the directions are those of ``[W; G J] U^(-½)``, by the
+        eigen-decomposition of its (L + N)² Gram matrix, so they do not depend on the units of the parameters. The
+        diagonal of what is cut goes to u, which keeps the diagonal of the precision exact whatever the rank. No
+        n-row matrix is decomposed, and that Gram matrix follows from those of ``project``.
         """
-        rank = len(self.covariance.factor)
-        gram = self.reduce(self.rows @ self.rows.mT).double()
-        total = len(gram)
-        mixing = torch.eye(total, dtype=gram.dtype, device=gram.device)
-        mixing[rank:, rank:] = times_blocks(root, mixing[rank:, rank:])
-        whitened = mixing @ gram @ mixing.mT
-        if not bool(torch.isfinite(whitened).all()):
+        rank, count = len(self.gram), len(self.outputs)
+        mix = self.cross @ self.shrink  # J̃ = rows + mix W̃
+        outside = self.cross - mix @ self.gram  # rows W̃ᵀ
+        unshrunk = self.outputs + outside @ mix.mT + mix @ outside.mT + mix @ self.gram @ mix.mT  # J̃ J̃ᵀ
+        gram = self.gram.new_empty(rank + count, rank + count)
+        gram[:rank, :rank] = self.gram
+        gram[rank:, :rank] = times_blocks(root, self.cross)
+        gram[:rank, rank:] = gram[rank:, :rank].mT
+        gram[rank:, rank:] = times_blocks(root, times_blocks(root, unshrunk).mT)
+        if not bool(torch.isfinite(gram).all()):
             return LowRank(torch.full_like(self.covariance.precision, torch.nan), self.covariance.factor)
-        _, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)  # ascending
-        directions = (vectors.mT @ mixing).to(self.rows.dtype) @ self.rows
-        cut = total - rank
-        precision = self.covariance.precision + directions[:cut].square().sum(0)
-        return LowRank(precision.clamp_max_(1.0 / FLOOR), directions[cut:])
-
-
-def _scaled_gram(rows: Tensor, precision: Tensor) -> Tensor:
-    """``rows diag(precision)⁻¹ rowsᵀ`` in float64, a chunk of columns at a time so that memory stays small."""
-    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for part, scale in zip(rows.split(_CHUNK, 1), precision.split(_CHUNK), strict=True):
-        part = part.double()
-        gram += (part / scale) @ part.mT
-    return gram
+        _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)  # ascending
+        mixing = torch.eye(rank + count, dtype=gram.dtype, device=gram.device)  # [W̃; G J̃] = mixing [W̃; rows]
+        mixing[rank:, :rank] = times_blocks(root, mix)
+        mixing[rank:, rank:] = times_blocks(root, mixing[rank:, rank:])
+        mixing = (vectors.mT @ mixing).to(self.rows.dtype)
+        directions = (mixing[:, :rank] @ self.factor).addmm_(mixing[:, rank:], self.rows).div_(self.scale)
+        precision = self.covariance.precision + directions[:count].square().sum(0)
+        return LowRank(precision.clamp_max_(1.0 / FLOOR), directions[count:])
 
 
 COVARIANCES: dict[str, type[Covariance]] = {"diagonal": Diagonal, "low_rank": LowRank}

@@ -141,8 +141,11 @@ class Oracle:
         if self.restriction == "precision":
             return torch.diag(1 / precision.diagonal())
         data = precision - torch.diag(self.u)  # W̃ᵀW̃, n × n
-        values, vectors = torch.linalg.eigh((data + data.T) / 2)
+        scale = self.u.sqrt()  # strength is measured against the diagonal as it was
+        whitened = data / scale[:, None] / scale
+        values, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
         kept = (vectors[:, -self.rank :] * values[-self.rank :]) @ vectors[:, -self.rank :].T
+        kept = kept * scale[:, None] * scale
         self.u = self.u + (data - kept).diagonal()
         return torch.linalg.inv(torch.diag(self.u) + kept)
 
