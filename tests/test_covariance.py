@@ -61,6 +61,22 @@ def test_truncation_keeps_the_strongest_directions_and_the_diagonal_of_the_preci
 
 
 @pytest.mark.parametrize(("kind", "rank"), KINDS)
+def test_the_units_of_the_parameters_change_nothing(kind: str, rank: int) -> None:
+    """A parameter counted in thousandths has a thousandfold standard deviation and a thousandth of the slope."""
+    torch.manual_seed(0)
+    units = torch.logspace(-3, 3, 9, dtype=torch.float64)
+    J, G, w = torch.randn(4, 9).double(), torch.randn(2, 2, 2).double(), torch.randn(4).double()
+    plain = COVARIANCES[kind].start(torch.rand(9).double() + 0.1, rank)
+    scaled = COVARIANCES[kind].start(plain.marginal() * units**2, rank)
+    for _ in range(3):
+        first, second = plain.project(J), scaled.project(J / units)
+        close(second.outputs, first.outputs)
+        close(second.mean_step(w) / units, first.mean_step(w))
+        plain, scaled = first.condition(G), second.condition(G)
+        close(scaled.marginal() / units**2, plain.marginal())
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
 def test_slices_together_are_the_whole(kind: str, rank: int) -> None:
     """Each slice by itself, with the sums over slices added up beforehand, as ranks do by all-reduce."""
     whole = COVARIANCES[kind].start(torch.rand(9).double() + 0.1, rank)
