@@ -46,7 +46,9 @@ class StreamConfig(_Strict):
 class LokoConfig(_Strict):
     """The Kalman filter; the keys are those of ``loko.LoKO``."""
 
-    name: Literal["loko"] = "loko"
+    name: Literal["loko"] = Field(
+        "loko", description="loko, or a gradient optimizer: adamw, adagrad, sgd, muon, lora_plus, lora_fa, riemannian"
+    )
     covariance: Literal["low_rank", "diagonal"] = Field("low_rank", description="kind of parameter covariance")
     rank: int = Field(16, ge=0, description="rank L of low_rank")
     initial_covariance: float = Field(0.3, gt=0, allow_inf_nan=False, description="variance p0 before the first row")

@@ -67,7 +67,9 @@ class SearchSettings(_Strict):
     """How the candidates are searched; the same for each of them."""
 
     trials: int = Field(default=8, ge=1, description="trials a candidate")
-    metric: str = Field(default="nll", description="what is minimised: a key of the reports")
+    metric: Literal["nll", "window_nll", "near_future_nll", "mse", "window_mse", "near_future_mse"] = Field(
+        default="nll", description="what is minimised: a key of every report"
+    )
     sampler: Literal["tpe", "gp", "random"] = Field(default="tpe", description="Optuna sampler")
     seed: int = Field(default=0, ge=0, description="seed of the sampler")
     asha: AshaConfig | None = Field(
@@ -103,7 +105,8 @@ class SearchConfig(_Strict):
 
     def _check(self, name: str, candidate: Candidate) -> None:
         """Every corner of a candidate's space must be a valid experiment, so that no trial fails on its config."""
-        plain = self.experiment_of(name, {})
+        plain = self.experiment_of(name, {key: allowed.corners[0] for key, allowed in candidate.space.items()})
+        validate(ExperimentConfig, plain, f"candidates.{name}")
         for key, allowed in candidate.space.items():
             for value in allowed.corners:
                 validate(
@@ -137,6 +140,8 @@ def with_values(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         place = result
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{dotted}: {parent} is {place!r} and has no keys below it")
         place[last] = value
     return result
 
@@ -154,7 +159,10 @@ def read(kind: type[Config], path: Path, overrides: list[str]) -> Config:
         if "=" not in override:
             raise ConfigError(f"{override!r} is no override; write it as key=value, such as search.trials=4")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"{path} is a list or plain text; a config has keys")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
         data = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
@@ -172,13 +180,16 @@ def describe(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, str, st
             for t in (info.annotation, *_arguments(info.annotation))
             if isinstance(t, type) and issubclass(t, BaseModel)
         ]
-        default = "required" if info.is_required() else str(info.get_default(call_default_factory=False))
+        default = "required" if info.is_required() else str(info.get_default(call_default_factory=True))
         single = len(inner) == 1 and not str(info.annotation).startswith(("dict", "list"))
         if inner and single and inner[0] is not kind:
             rows += describe(inner[0], f"{prefix}{name}.")
         elif inner and inner[0] is not kind:
             place = f"{prefix}{name}." if not str(info.annotation).startswith("dict") else f"{prefix}{name}.NAME."
-            rows += [row for model in inner for row in describe(model, place)]
+            keys: dict[str, tuple[str, str, str]] = {}
+            for row in (row for model in inner for row in describe(model, place)):
+                keys.setdefault(row[0], row)  # members of a union share the key that tells them apart
+            rows += keys.values()
         else:
             rows.append((prefix + name, default, info.description or ""))
     return rows
