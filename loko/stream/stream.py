@@ -252,6 +252,7 @@ class ArrowStream:
         self._shards = open_shards(paths, None if columns is None else list(columns))
         stored = self._shards[0].schema
         self.schema = pa.schema([stored.field(name) for name in (stored.names if columns is None else columns)])
+        self._layout = cols.Layout(self.schema)
         self.total_rows = sum(shard.rows for shard in self._shards)
         self.nbytes = sum(shard.size for shard in self._shards)
         last = self.total_rows if stop is None else stop
@@ -292,9 +293,8 @@ class ArrowStream:
         Raises:
             StreamError: naming the column, what it holds and what is allowed.
         """
-        layout = cols.Layout(self.schema)
         for name, kind in columns.items():
-            layout.check(name, kind, self._where())
+            self._layout.check(name, kind, self._where())
             if kind == "image":
                 self._image_columns.add(name)
 
@@ -331,7 +331,7 @@ class ArrowStream:
     ) -> Iterator[StreamBatch]:
         offsets: list[int] = self._source.offsets.tolist()
         count, total = len(offsets) - 1, offsets[-1]
-        load = self._source.open(cols.Layout(self.schema), verify=not self._verified)
+        load = self._source.open(self._layout, verify=not self._verified)
         fetch = ReadAhead(load, count, 0 if self._source.light else prefetch)
         block: Block | None = None
         begin = end = 0
@@ -371,7 +371,7 @@ class ArrowStream:
         Raises:
             StreamError: naming file, column, row group and row of the first thing found wrong.
         """
-        load = self._shard_rows.open(cols.Layout(self.schema), verify=True)
+        load = self._shard_rows.open(self._layout, verify=True)
         encoded = [name for name in self._image_columns if cols.is_encoded(self.schema.field(name))]
         for number in range(len(self._shard_rows.offsets) - 1):
             block = load(number)
@@ -409,7 +409,7 @@ class _JoinedStream(ArrowStream):
                 )
             for field in first.schema:
                 check_same_field(field, stream.schema.field(field.name), first._where(), where)
-        self.schema = first.schema
+        self.schema, self._layout = first.schema, first._layout
         self.total_rows = sum(stream.total_rows for stream in self._streams)
         self.nbytes = sum(stream.nbytes for stream in self._streams)
         self._source = Joined([s._source for s in self._streams], [s.total_rows for s in self._streams])
