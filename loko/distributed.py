@@ -64,6 +64,13 @@ class Ranks:
         self._sent(total, 1)
         return total
 
+    def own_rows(self, count: int, device: torch.device) -> slice:
+        """Where this rank's ``count`` rows are among those of all ranks."""
+        if self.world_size == 1:
+            return slice(0, count)
+        first = sum(self._counts(torch.empty(count, device=device))[: self.rank])
+        return slice(first, first + count)
+
     def _counts(self, rows: Tensor) -> list[int]:
         own = torch.tensor([len(rows)], device=rows.device)
         counts = [torch.empty_like(own) for _ in range(self.world_size)]

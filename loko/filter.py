@@ -31,7 +31,8 @@ class Linearization:
 
     Attributes:
         residual: e = y − ŷ, shape (B, m).
-        link: Λ(ȳ) = ∂ŷ/∂logits, taken at ŷ (tangent) or between ŷ and y (secant), shape (B, m, m), symmetric.
+        link: Λ(ȳ) = ∂ŷ/∂logits along the directions that J has rows for, taken at ŷ (tangent) or between ŷ and y
+            (secant), shape (B, m, k); k = m unless the observation was narrowed.
     """
 
     residual: Tensor
@@ -91,16 +92,23 @@ def innovate(prior: Tensor, observed: Linearization, noise: Tensor) -> Innovatio
     factorised, ``I + G K Gᵀ``, has no eigenvalue below one however small R has become.
 
     Args:
-        prior: K = J P Jᵀ, shape (N, N).
-        observed: residual (B, m) and link (B, m, m).
+        prior: K = J P Jᵀ, shape (B·k, B·k).
+        observed: residual (B, m) and link (B, m, k), k ≤ m.
         noise: R, shape (m, m), positive definite.
     """
     noise_factor, jitters = cholesky(noise)
     root = torch.linalg.solve_triangular(noise_factor, observed.link, upper=False)
-    whitened = torch.linalg.solve_triangular(noise_factor, observed.residual.mT, upper=False).mT.reshape(-1)
+    whitened = torch.linalg.solve_triangular(noise_factor, observed.residual.mT, upper=False).mT
+    unseen = whitened.new_zeros(())
+    if root.shape[1] > root.shape[2]:  # what lies outside the span of G meets the noise alone
+        basis, root = torch.linalg.qr(root)
+        inside = (basis.mT @ whitened[..., None])[..., 0]
+        unseen = whitened.square().sum() - inside.square().sum()
+        whitened = inside
+    whitened = whitened.reshape(-1)
     innovation, more = cholesky(whitened_innovation(prior, root))
     solved = torch.cholesky_solve(whitened[:, None], innovation)[:, 0]
-    return Innovation(times_blocks(root.mT, solved), root, whitened @ solved, jitters + more)
+    return Innovation(times_blocks(root.mT, solved), root, whitened @ solved + unseen, jitters + more)
 
 
 def innovate_logits(prior: Tensor, observed: Linearization, excess: Tensor | None = None) -> Innovation:

@@ -179,12 +179,12 @@ class JacobianEngine:
 
         Args:
             outputs: (B, C), made inside ``record()``.
-            contrast: (m, C), the observed combinations of the outputs.
+            contrast: the observed combinations of the outputs, (m, C), or (B, m, C) for each sample its own.
 
         Raises:
             JacobianError: a parameter without a path to the outputs, samples that depend on each other.
         """
-        batch, observed = len(outputs), len(contrast)
+        batch, observed = len(outputs), contrast.shape[-2]
         jacobian = torch.empty(batch, observed, self.size, dtype=self.dtype, device=outputs.device)
         calls, self._calls = self._calls, []
         if batch == 0:
@@ -194,7 +194,7 @@ class JacobianEngine:
                 "the outputs do not depend on any trainable parameter: the closure must run the model given to LoKO, "
                 "without torch.no_grad() or detach(), and return its outputs"
             )
-        seeds = contrast.to(outputs)
+        seeds = contrast.to(outputs).expand(batch, -1, -1)
         rows = min(batch, 2)
         unproven = self._proven < rows or any(c.output.shape[0] != batch and self._hooks(c) for c in calls)
         if unproven:
@@ -243,16 +243,14 @@ class JacobianEngine:
 
     def _hooked(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
         deltas: list[list[Tensor]] = [[] for _ in calls]
-        for seed in seeds if calls else ():
-            grads = torch.autograd.grad(
-                outputs, [c.output for c in calls], seed.expand_as(outputs), retain_graph=True, allow_unused=True
-            )
+        for seed in seeds.unbind(1) if calls else ():
+            grads = torch.autograd.grad(outputs, [c.output for c in calls], seed, retain_graph=True, allow_unused=True)
             for kept, grad in zip(deltas, grads, strict=True):
                 if grad is not None:
                     kept.append(grad)
         written = set(self._exact)
         for call, kept in zip(calls, deltas, strict=True):
-            if len(kept) < len(seeds):
+            if len(kept) < seeds.shape[1]:
                 continue
             delta = torch.stack(kept).to(jacobian.dtype)
             inputs = call.input.to(jacobian.dtype) if call.input.is_floating_point() else call.input
@@ -274,7 +272,7 @@ class JacobianEngine:
     def _exactly(self, keys: set[int], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
         parameters = [p for p in self.parameters if id(p) in keys]
         for row in range(len(outputs) if parameters else 0):
-            for index, seed in enumerate(seeds):
+            for index, seed in enumerate(seeds[row]):
                 alone = torch.zeros_like(outputs)
                 alone[row] = seed
                 grads = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, allow_unused=True)
@@ -291,7 +289,11 @@ class JacobianEngine:
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(jacobian.shape[:2], generator=generator).to(jacobian)
         expected = torch.autograd.grad(
-            outputs, self.parameters, weights.to(seeds) @ seeds, retain_graph=True, materialize_grads=True
+            outputs,
+            self.parameters,
+            torch.einsum("bm,bmc->bc", weights.to(seeds), seeds),
+            retain_graph=True,
+            materialize_grads=True,
         )
         product = torch.einsum("bm,bmn->n", weights, jacobian)
         resolution = max(torch.finfo(t.dtype).eps for t in (outputs, *(c.output for c in calls)))

@@ -18,9 +18,12 @@ __all__ = ["NOISES", "Categorical", "CategoricalEma", "Ema", "EmaResidual", "Fix
 
 
 class NoiseModel(Protocol):
-    """What the optimizer asks of an estimator. ``relinearizes`` asks for one more forward, after the update."""
+    """What the optimizer asks of an estimator.
 
-    relinearizes: bool
+    ``on_outputs`` is true where the state is R, the noise of the observed outputs, and false where it lives in logits.
+    """
+
+    on_outputs: bool
 
     def initial(self, observation_noise: Tensor) -> Tensor: ...
     def innovate(self, state: Tensor, prior: Tensor, observed: Linearization) -> tuple[Innovation, Tensor]: ...
@@ -30,7 +33,7 @@ class NoiseModel(Protocol):
 class Fixed:
     """R = R₀ throughout."""
 
-    relinearizes = False
+    on_outputs = True
 
     def initial(self, observation_noise: Tensor) -> Tensor:
         return observation_noise
@@ -60,7 +63,6 @@ class EmaResidual(Fixed):
     Textbook covariance matching; costs one more forward. The step itself uses the R of the steps before.
     """
 
-    relinearizes = True
     decay: float = 0.95
 
     def relearn(self, state: Tensor, posterior: Tensor, observed: Linearization) -> Tensor:
@@ -72,7 +74,7 @@ class EmaResidual(Fixed):
 class Categorical:
     """R = Λ(ȳ), the covariance the prediction itself implies; nothing is estimated (Ollivier 2018)."""
 
-    relinearizes = False
+    on_outputs = False
 
     def initial(self, observation_noise: Tensor) -> Tensor:
         return torch.zeros_like(observation_noise)

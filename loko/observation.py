@@ -7,6 +7,10 @@ Each model offers the same four functions, all on outputs (B, C) and labels (B, 
 * ``mean(outputs)`` (B × m): the prediction ŷ, float64;
 * ``target(labels, C)`` (B × m): the observation y, float64;
 * ``link(mean)`` (B × m × m): ∂mean/∂(contrast outputs), as a function of the mean.
+
+With many outputs most of them hardly vary, and a backward pass for each is wasted. :func:`narrow` observes fewer
+directions, chosen for each sample, and needs of a model the same on all C outputs: ``full_mean``, ``full_target``,
+``times_link``, and which outputs matter (``rank_outputs``, ``seeds``).
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loko.filter import Linearization
+from loko.filter import Linearization, cholesky
 
-__all__ = ["OBSERVATIONS", "Bernoulli", "Categorical", "Gaussian", "ObservationModel", "linearize"]
+__all__ = ["OBSERVATIONS", "Bernoulli", "Categorical", "Gaussian", "ObservationModel", "linearize", "narrow"]
 
 
 class ObservationModel(Protocol):
@@ -32,6 +36,12 @@ class ObservationModel(Protocol):
     def target(self, labels: Tensor, num_outputs: int) -> Tensor: ...
     def link(self, mean: Tensor) -> Tensor: ...
     def initial_noise(self, num_outputs: int, scale: float | None) -> Tensor: ...
+    def kept(self, num_outputs: int) -> list[int]: ...
+    def full_mean(self, outputs: Tensor) -> Tensor: ...
+    def full_target(self, labels: Tensor, num_outputs: int) -> Tensor: ...
+    def times_link(self, point: Tensor, matrix: Tensor) -> Tensor: ...
+    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]: ...
+    def seeds(self, point: Tensor, chosen: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class Categorical:
 
     reference: int = -1
 
-    def _kept(self, num_outputs: int) -> list[int]:
+    def kept(self, num_outputs: int) -> list[int]:
+        """The classes that are observed: all but the reference."""
         return [c for c in range(num_outputs) if c != self.reference % num_outputs]
 
     def contrast(self, num_outputs: int) -> Tensor:
@@ -55,7 +66,7 @@ class Categorical:
                 f"a categorical observation needs at least 2 outputs, the model gives {num_outputs}; "
                 "use observation='bernoulli' for one yes/no output or 'gaussian' for regression"
             )
-        rows = torch.eye(num_outputs, dtype=torch.float64)[self._kept(num_outputs)]
+        rows = torch.eye(num_outputs, dtype=torch.float64)[self.kept(num_outputs)]
         rows[:, self.reference % num_outputs] = -1.0
         return rows
 
@@ -72,11 +83,36 @@ class Categorical:
             row = int(wrong.nonzero()[0, 0])
             raise ValueError(f"label {int(labels[row])} in row {row} of the batch is outside [0, {classes})")
 
+    def full_mean(self, outputs: Tensor) -> Tensor:
+        """Probabilities of all classes, (B, C)."""
+        return outputs.double().softmax(-1)
+
+    def full_target(self, labels: Tensor, num_outputs: int) -> Tensor:
+        """One-hot labels, (B, C)."""
+        return torch.nn.functional.one_hot(labels.long(), num_outputs).double()
+
     def mean(self, outputs: Tensor) -> Tensor:
-        return outputs.double().softmax(-1)[:, self._kept(outputs.shape[1])]
+        return self.full_mean(outputs)[:, self.kept(outputs.shape[1])]
 
     def target(self, labels: Tensor, num_outputs: int) -> Tensor:
-        return torch.nn.functional.one_hot(labels.long(), num_outputs).double()[:, self._kept(num_outputs)]
+        return self.full_target(labels, num_outputs)[:, self.kept(num_outputs)]
+
+    def times_link(self, point: Tensor, matrix: Tensor) -> Tensor:
+        """``(diag(π) − π πᵀ) matrix`` on all classes, for π (B, C) and matrix (B, C, k)."""
+        return point[..., None] * (matrix - point[:, None, :] @ matrix)
+
+    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities from the second most probable class down, and those classes: (B, C − 1) each.
+
+        The rows of Λ J add up to zero, so that of the most probable class follows from the others.
+        """
+        mass, order = point.sort(dim=1, descending=True)
+        return mass[:, 1:], order[:, 1:]
+
+    def seeds(self, point: Tensor, chosen: Tensor) -> Tensor:
+        """``e_c − π`` for each chosen class, (B, C, k): row c of Λ J is π_c times this combination of the rows of J."""
+        units = torch.nn.functional.one_hot(chosen, point.shape[1]).to(point.dtype)
+        return (units - point[:, None, :]).mT
 
     def link(self, mean: Tensor) -> Tensor:
         """diag(π) − π πᵀ."""
@@ -104,11 +140,32 @@ class Bernoulli:
             row, column = wrong.nonzero()[0].tolist()
             raise ValueError(f"label {labels[row, column].item()} in row {row}, output {column}, is neither 0 nor 1")
 
-    def mean(self, outputs: Tensor) -> Tensor:
+    def kept(self, num_outputs: int) -> list[int]:
+        """Every output is observed."""
+        return list(range(num_outputs))
+
+    def full_mean(self, outputs: Tensor) -> Tensor:
+        """Probabilities, (B, C)."""
         return outputs.double().sigmoid()
 
-    def target(self, labels: Tensor, num_outputs: int) -> Tensor:
+    def full_target(self, labels: Tensor, num_outputs: int) -> Tensor:
+        """The labels, (B, C)."""
         return labels.double()
+
+    mean, target = full_mean, full_target
+
+    def times_link(self, point: Tensor, matrix: Tensor) -> Tensor:
+        """``diag(π (1 − π)) matrix`` for π (B, C) and matrix (B, C, k)."""
+        return (point * (1 - point))[..., None] * matrix
+
+    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Variances π (1 − π) in falling order and the outputs they belong to, (B, C) each."""
+        mass, order = (point * (1 - point)).sort(dim=1, descending=True)
+        return mass, order
+
+    def seeds(self, point: Tensor, chosen: Tensor) -> Tensor:
+        """Unit vectors of the chosen outputs, (B, C, k)."""
+        return torch.nn.functional.one_hot(chosen, point.shape[1]).to(point.dtype).mT
 
     def link(self, mean: Tensor) -> Tensor:
         return torch.diag_embed(mean * (1 - mean))
@@ -132,11 +189,31 @@ class Gaussian:
             row = int((~torch.isfinite(labels)).nonzero()[0, 0])
             raise ValueError(f"the label in row {row} of the batch is not finite")
 
-    def mean(self, outputs: Tensor) -> Tensor:
+    def kept(self, num_outputs: int) -> list[int]:
+        """Every output is observed."""
+        return list(range(num_outputs))
+
+    def full_mean(self, outputs: Tensor) -> Tensor:
+        """The outputs, (B, C)."""
         return outputs.double()
 
-    def target(self, labels: Tensor, num_outputs: int) -> Tensor:
+    def full_target(self, labels: Tensor, num_outputs: int) -> Tensor:
+        """The labels, (B, C)."""
         return labels.double()
+
+    mean, target = full_mean, full_target
+
+    def times_link(self, point: Tensor, matrix: Tensor) -> Tensor:
+        """The link is the identity."""
+        return matrix
+
+    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """All outputs matter alike; they come in their own order, (B, C) each."""
+        return torch.ones_like(point), torch.arange(point.shape[1], device=point.device).expand(len(point), -1)
+
+    def seeds(self, point: Tensor, chosen: Tensor) -> Tensor:
+        """Unit vectors of the chosen outputs, (B, C, k)."""
+        return torch.nn.functional.one_hot(chosen, point.shape[1]).to(point.dtype).mT
 
     def link(self, mean: Tensor) -> Tensor:
         return torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device).expand(len(mean), -1, -1)
@@ -167,6 +244,62 @@ def linearize(model: ObservationModel, outputs: Tensor, labels: Tensor, weight: 
     mean = model.mean(outputs)
     target = model.target(labels, outputs.shape[1]).to(mean.device)
     return Linearization(residual=target - mean, link=model.link(torch.lerp(mean, target, weight)))
+
+
+def narrow(
+    model: ObservationModel,
+    outputs: Tensor,
+    labels: Tensor,
+    weight: float,
+    *,
+    tolerance: float,
+    limit: int | None,
+    noise: Tensor | None,
+) -> tuple[Linearization, Tensor]:
+    """Linearise along few directions of the outputs instead of all, chosen for each sample (FILTER §10).
+
+    Outputs are left out while the probability (Bernoulli: the variance) of all that are left out together stays within
+    ``tolerance``. What is kept is exact: with Q the orthonormal basis of the kept directions, ``Ĥ = Λ Q Qᵀ J``, and the
+    rows of H that belong to kept classes, and to the most probable one up to the rest, are those of Λ J. Each other row
+    is off by at most its probability times a centred logit's Jacobian. So with τ = tolerance and v the largest prior
+    variance of a centred logit of the sample, ``‖Ĥ P Ĥᵀ − H P Hᵀ‖ ≤ 4 τ √v ‖H P Hᵀ‖^½ + 4 τ² v`` (spectral norms; each
+    sample's block; what is left out counts once in its own rows and once in that of the most probable class).
+
+    Where ``limit`` allows fewer directions than that, the first is the gradient of the whitened residual, so that the
+    mean update sees all of it; the others are the most probable classes. That filter is less informed, not wrong.
+
+    Args:
+        model, outputs, labels, weight: as in :func:`linearize`.
+        tolerance: τ ≥ 0.
+        limit: most directions, or None.
+        noise: R (m, m) for noises that live on the outputs, None for those in logit space.
+
+    Returns:
+        The linearisation and the directions Qᵀ, (B, k, C): one backward pass for each of the k.
+    """
+    mean = model.full_mean(outputs)
+    target = model.full_target(labels, outputs.shape[1]).to(mean.device)
+    residual, point = target - mean, torch.lerp(mean, target, weight)
+    mass, order = model.rank_outputs(point)
+    tail = mass.flip(1).cumsum(1).flip(1)  # of this output and all behind it
+    needed = max(1, int((tail > tolerance).sum(1).max()))
+    count = needed if limit is None else min(needed, limit)
+    columns = model.seeds(point, order[:, :count])
+    kept = model.kept(outputs.shape[1])
+    if count < needed:
+        gradient = residual[..., None]
+        if noise is not None:
+            factor, _ = cholesky(noise)
+            gradient = torch.zeros_like(gradient)
+            gradient[:, kept, 0] = torch.cholesky_solve(residual[:, kept].mT, factor).mT
+            gradient = model.times_link(point, gradient)
+        scale = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+        columns = torch.cat([gradient / scale, columns[..., : count - 1]], dim=2)
+    basis = torch.linalg.qr(columns).Q  # (B, C, k)
+    link = model.times_link(point, basis)
+    if noise is None:
+        return Linearization((basis.mT @ residual[..., None])[..., 0], basis.mT @ link), basis.mT
+    return Linearization(residual[:, kept], link[:, kept]), basis.mT
 
 
 def _check_shape(name: str, outputs: Tensor, labels: Tensor) -> None:

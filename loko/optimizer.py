@@ -17,7 +17,7 @@ from loko.distributed import Exact
 from loko.filter import Innovation, Linearization
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
-from loko.observation import OBSERVATIONS, ObservationModel, linearize
+from loko.observation import OBSERVATIONS, ObservationModel, linearize, narrow
 
 __all__ = ["PAPER", "LoKO", "NonFiniteError", "parameter_groups"]
 
@@ -99,6 +99,9 @@ class LoKO(torch.optim.Optimizer):
         noise_decay: β in [0, 1) of the moving averages.
         initial_noise: r₀ > 0; None takes what suits the observation (1/C, ¼ or 1).
         noise_excess: κ ≥ 0 of ``categorical_ema``.
+        output_tolerance: τ ≥ 0. Above 0, a step spends backward passes only on outputs whose probability matters: what
+            it leaves out sums to at most τ for each row (see ``loko.observation.narrow``). 0 is exact.
+        max_outputs: most backward passes a step; None is as many as τ asks for. For very many outputs.
         linearization: ω in [0, 1]: 0 linearises at the prediction (tangent), ω > 0 on the way to the label (secant).
         forgetting: λ in (0, 1]; below one the covariance grows by 1/λ a step.
         process_noise: q ≥ 0, added to every variance a step.
@@ -127,6 +130,8 @@ class LoKO(torch.optim.Optimizer):
         initial_noise: float | None = None,
         noise_excess: float = 0.3,
         linearization: float = 0.25,
+        output_tolerance: float = 0.0,
+        max_outputs: int | None = None,
         forgetting: float = 1.0,
         process_noise: float = 0.0,
         observation: str | ObservationModel = "categorical",
@@ -142,6 +147,19 @@ class LoKO(torch.optim.Optimizer):
         _in_range("initial_noise", initial_noise, initial_noise is None or 0 < initial_noise < math.inf, "> 0, or None")
         _in_range("noise_excess", noise_excess, 0 <= noise_excess < math.inf, "finite and >= 0")
         _in_range("linearization", linearization, 0 <= linearization <= 1, "in [0, 1]")
+        _in_range("output_tolerance", output_tolerance, 0 <= output_tolerance < 1, "in [0, 1)")
+        _in_range("max_outputs", max_outputs, max_outputs is None or max_outputs >= 1, ">= 1, or None")
+        narrowed = output_tolerance > 0 or max_outputs is not None
+        if narrowed and (noise == "categorical_ema" or observation == "gaussian"):
+            raise ValueError(
+                f"output_tolerance = {output_tolerance} and max_outputs = {max_outputs} do not go with "
+                + (
+                    "noise = 'categorical_ema', whose average lives in fixed logits"
+                    if observation != "gaussian"
+                    else "observation = 'gaussian', whose outputs all matter alike"
+                )
+                + "; leave both out"
+            )
         if isinstance(observation, str):
             _one_of("observation", observation, OBSERVATIONS)
         _in_range("max_skipped", max_skipped, max_skipped >= 0, ">= 0")
@@ -169,6 +187,8 @@ class LoKO(torch.optim.Optimizer):
             "initial_noise": initial_noise,
             "noise_excess": noise_excess,
             "linearization": linearization,
+            "output_tolerance": output_tolerance,
+            "max_outputs": max_outputs,
             "observation": observation,
             "max_skipped": max_skipped,
         }
@@ -234,14 +254,15 @@ class LoKO(torch.optim.Optimizer):
             raise ValueError(f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}")
         seen = outputs.detach()
         self._observation.check(seen, labels)
-        contrast = self._observed(seen)
+        self._prepare(seen)
         all_outputs = self._world.gather_rows(seen)
         all_labels = self._world.gather_rows(labels)
         if len(all_outputs) == 0:
             return seen
-        jacobian = self._world.exchange(self._engine.jacobian(outputs, contrast))
+        observed, directions = self._linearize(all_outputs, all_labels)
+        own = directions if directions.dim() == 2 else directions[self._world.own_rows(len(seen), seen.device)]
+        jacobian = self._world.exchange(self._engine.jacobian(outputs, own))
         del outputs  # and with it the recorded forward
-        observed = linearize(self._observation, all_outputs, all_labels, self._settings["linearization"])
         if not self._learn(jacobian, observed):
             self._skip(len(all_outputs))
             return seen
@@ -252,7 +273,16 @@ class LoKO(torch.optim.Optimizer):
             self._relearn_noise(closure, jacobian, observed)
         return seen
 
-    def _observed(self, outputs: Tensor) -> Tensor:
+    def _linearize(self, outputs: Tensor, labels: Tensor) -> tuple[Linearization, Tensor]:
+        """The linearisation of the global batch, and the directions of the outputs that J needs rows for."""
+        weight, tolerance, limit = (self._settings[key] for key in ("linearization", "output_tolerance", "max_outputs"))
+        assert self._contrast is not None
+        if tolerance == 0 and (limit is None or limit >= len(self._contrast)):
+            return linearize(self._observation, outputs, labels, weight), self._contrast
+        noise = self._noise_state if self._noise.on_outputs else None
+        return narrow(self._observation, outputs, labels, weight, tolerance=tolerance, limit=limit, noise=noise)
+
+    def _prepare(self, outputs: Tensor) -> None:
         if self._contrast is None:
             self._contrast = self._observation.contrast(outputs.shape[1]).to(outputs.device)
         elif self._contrast.shape[1] != outputs.shape[1]:
@@ -265,7 +295,6 @@ class LoKO(torch.optim.Optimizer):
                 f"the noise loaded is of {len(self._noise_state)} observed outputs, the model gives "
                 f"{len(self._contrast)}: the state is of another model"
             )
-        return self._contrast
 
     def _learn(self, jacobian: Tensor, observed: Linearization) -> bool:
         """One predict and update; False, and nothing changed, when a number in it is not finite."""

@@ -1,0 +1,115 @@
+"""Few directions of many outputs: exact where nothing is left out, within the stated bound where something is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from loko import LoKO
+from loko.observation import OBSERVATIONS, Bernoulli, Categorical, linearize, narrow
+
+CLASSES = 6
+
+
+def dense_output_covariance(link: Tensor, directions: Tensor, logits_covariance: Tensor) -> Tensor:
+    """H P Hᵀ of one sample from the covariance of its logits (C, C)."""
+    jacobian = link @ directions
+    return jacobian @ logits_covariance @ jacobian.mT
+
+
+def case(seed: int, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    outputs = spread * torch.randn(4, CLASSES, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (4,), generator=g)
+    half = torch.randn(CLASSES, CLASSES, generator=g, dtype=torch.float64)
+    return outputs, labels, half @ half.mT
+
+
+@given(
+    seed=st.integers(0, 10_000), tolerance=st.sampled_from([0.01, 0.05, 0.2, 0.5]), weight=st.sampled_from([0.0, 0.25])
+)
+def test_what_is_left_out_stays_within_the_bound(seed: int, tolerance: float, weight: float) -> None:
+    model = Categorical()
+    outputs, labels, P = case(seed)
+    noise = model.initial_noise(CLASSES, None)
+    exact = linearize(model, outputs, labels, weight)
+    narrowed, directions = narrow(model, outputs, labels, weight, tolerance=tolerance, limit=None, noise=noise)
+    torch.testing.assert_close(narrowed.residual, exact.residual)
+    contrast = model.contrast(CLASSES)
+    point = torch.lerp(model.full_mean(outputs), model.full_target(labels, CLASSES), weight)
+    centred = torch.eye(CLASSES, dtype=torch.float64) - point[:, None, :]
+    for row in range(len(outputs)):
+        S = dense_output_covariance(exact.link[row], contrast, P)
+        S_narrowed = dense_output_covariance(narrowed.link[row], directions[row], P)
+        v = float((centred[row] @ P @ centred[row].mT).diagonal().max())
+        bound = 4 * tolerance * v**0.5 * float(torch.linalg.matrix_norm(S, 2)) ** 0.5 + 4 * tolerance**2 * v
+        assert float(torch.linalg.matrix_norm(S - S_narrowed, 2)) <= bound
+
+
+@given(seed=st.integers(0, 10_000), limit=st.integers(1, 3), observation=st.sampled_from(["categorical", "bernoulli"]))
+def test_the_first_of_too_few_directions_carries_the_whole_gradient(seed: int, limit: int, observation: str) -> None:
+    model = OBSERVATIONS[observation]()
+    outputs, classes, _ = case(seed, spread=1.0)
+    labels = classes if observation == "categorical" else (outputs.sign() > 0).double()
+    noise = model.initial_noise(CLASSES, None)
+    exact = linearize(model, outputs, labels, 0.25)
+    narrowed, directions = narrow(model, outputs, labels, 0.25, tolerance=0.0, limit=limit, noise=noise)
+    assert directions.shape == (4, limit, CLASSES)
+    contrast = model.contrast(CLASSES)
+    whitened = torch.linalg.solve(noise, exact.residual.mT).mT[..., None]
+    want = (exact.link @ contrast).mT @ whitened  # Hᵀ R⁻¹ e before Jᵀ, (B, C, 1)
+    got = (narrowed.link @ directions).mT @ whitened
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8 * float(want.norm()))
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
+@pytest.mark.parametrize("noise", ["ema", "ema_residual", "fixed", "categorical"])
+@pytest.mark.parametrize("observation", ["categorical", "bernoulli"])
+def test_nothing_left_out_is_the_exact_filter(covariance: str, noise: str, observation: str) -> None:
+    """Other directions span the same outputs, so θ, P and R come out the same."""
+    settings: dict[str, Any] = {"covariance": covariance, "noise": noise, "observation": observation}
+    found = [learn(settings | extra) for extra in ({}, {"output_tolerance": 1e-12})]
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+def learn(settings: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    optimizer = LoKO(model, **settings)
+    for _ in range(5):
+        x = torch.randn(3, 3, dtype=torch.float64)
+        labels = torch.randint(0, CLASSES, (3,))
+        y = labels if settings["observation"] == "categorical" else nn.functional.one_hot(labels, CLASSES).double()
+        optimizer.step(lambda x=x, y=y: (model(x), y))
+    state = optimizer.state_dict()["filter"]
+    covariance = state["covariance"]
+    # The sign and mix of low-rank directions is free; what they stand for is not.
+    P = covariance["variance"] if "variance" in covariance else covariance["factor"].mT @ covariance["factor"]
+    return [torch.cat([p.detach().flatten() for p in model.parameters()]), P, state["noise"]]
+
+
+def test_fewer_directions_mean_fewer_backward_passes() -> None:
+    """Confident rows need one direction where the exact filter takes C − 1."""
+    outputs = torch.zeros(2, CLASSES, dtype=torch.float64)
+    outputs[:, 0] = 9.0
+    labels = torch.tensor([0, 0])
+    noise = Categorical().initial_noise(CLASSES, None)
+    _, directions = narrow(Categorical(), outputs, labels, 0.0, tolerance=0.01, limit=None, noise=noise)
+    assert directions.shape[1] == 1
+    _, directions = narrow(Bernoulli(), outputs, outputs, 0.0, tolerance=0.0, limit=None, noise=torch.eye(6).double())
+    assert directions.shape[1] == CLASSES
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"noise": "categorical_ema", "output_tolerance": 0.1}, {"observation": "gaussian", "max_outputs": 2}],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="leave both out"):
+        LoKO(nn.Linear(2, 3), **settings)
