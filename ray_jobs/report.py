@@ -137,17 +137,15 @@ def write(folder: Path, console: Console | None = None) -> None:
 
 
 def _read(folder: Path) -> _Results:
-    try:
-        config = validate(
-            SearchConfig, yaml.safe_load((folder / "search.yaml").read_text()), str(folder / "search.yaml")
-        )
-        rungs = pd.read_parquet(folder / "results.parquet")
-        stream = json.loads((folder / "stream.json").read_text())
-        best = (folder / "best.yaml").read_text()
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder} holds no finished search ({error.filename} is missing); run python -m ray_jobs.tune first"
-        ) from error
+    for name in ("search.yaml", "stream.json", "results.parquet", "best.yaml"):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder} holds no finished search ({name} is missing); run python -m ray_jobs.tune first"
+            )
+    config = validate(SearchConfig, yaml.safe_load((folder / "search.yaml").read_text()), str(folder / "search.yaml"))
+    rungs = pd.read_parquet(folder / "results.parquet")
+    stream = json.loads((folder / "stream.json").read_text())
+    best = (folder / "best.yaml").read_text()
     return _Results(config, rungs, stream, best)
 
 
@@ -194,14 +192,14 @@ def _online(results: _Results) -> Figure:
         for name in results.config.candidates:
             run = results.best_run(name)
             if run is not None:
-                axis.plot(run.rows, run[key], color=results.color(name), label=name, lw=1.8)
+                axis.plot(run.rows, run[key], color=results.color(name), label=name, lw=1.8, marker=_marker(run))
         some = results.rungs[results.rungs.status == "complete"].sort_values("rows").drop_duplicates("rows")
         if f"label_only_{key}" in some:
             axis.plot(some.rows, some[f"label_only_{key}"], color=_LABEL_ONLY, ls=":", label="label only")
         _mark_changes(axis, results)
         if key.endswith("nll"):
             shown = [line.get_ydata() for line in axis.lines if len(np.atleast_1d(line.get_ydata())) > 2]
-            _limit(axis, np.concatenate([np.asarray(y, float) for y in shown]))
+            _limit(axis, np.concatenate([np.asarray(y, float) for y in shown] or [np.zeros(0)]))
     for axis in axes[1]:
         axis.set_xlabel("rows")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -209,9 +207,16 @@ def _online(results: _Results) -> Figure:
     return figure
 
 
+def _marker(run: pd.DataFrame) -> str | None:
+    """A run of one rung has no line to draw."""
+    return "o" if len(run) == 1 else None
+
+
 def _limit(axis: Axes, values: Any) -> None:
     """One diverged candidate must not flatten the others: the axis ends a little above where most of them are."""
     values = values[np.isfinite(values)]
+    if not len(values):
+        return
     top = 3 * np.quantile(values, 0.7)
     if values.max() > top:
         axis.set_ylim(0, top)
@@ -229,19 +234,23 @@ def _mark_changes(axis: Axes, results: _Results) -> None:
 def _shared_rung(results: _Results, candidate: str) -> pd.DataFrame:
     """Every trial of a candidate at the last rung that all of them reached, so that they can be compared."""
     mine = results.rungs[results.rungs.candidate == candidate]
+    if mine.empty:
+        return mine.assign(values=[])
     rows = int(mine.groupby("trial").rows.max().min())
     at = mine[mine.rows == rows]
     return at.assign(values=[json.loads(params) for params in at.params])
 
 
 def _landscape(results: _Results) -> Figure | None:
-    names = [n for n, c in results.config.candidates.items() if {_P0, _BETA} <= set(c.space)]
-    if not names:
+    searched = {
+        n: _shared_rung(results, n) for n, c in results.config.candidates.items() if {_P0, _BETA} <= set(c.space)
+    }
+    shown = {n: at[np.isfinite(at[results.metric])] for n, at in searched.items()}
+    shown = {n: finite for n, finite in shown.items() if len(finite)}
+    if not shown:
         return None
-    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.2), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
-        at = _shared_rung(results, name)
-        finite = at[np.isfinite(at[results.metric])]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), squeeze=False, layout="constrained")
+    for axis, (name, finite) in zip(axes[0], shown.items(), strict=True):
         p0, beta = ([values[key] for values in finite["values"]] for key in (_P0, _BETA))
         drawn = axis.scatter(
             p0, beta, c=finite[results.metric], cmap="viridis_r", s=90, edgecolors="#212529",
@@ -249,7 +258,7 @@ def _landscape(results: _Results) -> Figure | None:
         )  # fmt: skip
         axis.set_xscale("log")
         axis.set(title=name, xlabel="initial covariance p₀", ylabel="noise decay β")
-        figure.colorbar(drawn, ax=axis, label=f"{results.metric} at row {int(at.rows.iloc[0])}")
+        figure.colorbar(drawn, ax=axis, label=f"{results.metric} at row {int(finite.rows.iloc[0])}")
     return figure
 
 
@@ -275,6 +284,7 @@ def _shares(results: _Results, candidate: str) -> dict[str, float]:
     at = at[np.isfinite(at[results.metric])]
     if len(space) < 2 or len(at) < 4 or at[results.metric].nunique() < 2:
         return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     distributions = {key: _distribution(allowed) for key, allowed in space.items()}
     for value, params in zip(at[results.metric], at["values"], strict=True):
@@ -305,7 +315,7 @@ def _traces(results: _Results) -> Figure | None:
         axis.set(title=title, xlabel="rows")
         for name, run in runs.items():
             values = run[key] / run[key].iloc[0] if key == "trace_p" else run[key]
-            axis.plot(run.rows, values, color=results.color(name), label=name, lw=1.6)
+            axis.plot(run.rows, values, color=results.color(name), label=name, lw=1.6, marker=_marker(run))
         if key == "consistency":
             axis.axhline(1, color="#868e96", lw=0.8)
             axis.set_yscale("log")
