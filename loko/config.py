@@ -61,7 +61,7 @@ class LokoConfig(_Strict):
     initial_noise: float | None = Field(None, gt=0, description="R's start r0; null takes what suits the observation")
     noise_excess: float = Field(0.3, ge=0, description="fraction κ of categorical_ema")
     linearization: float = Field(0.25, ge=0, le=1, description="0 is the tangent, above 0 the secant's weight ω")
-    output_tolerance: float = Field(0.0, ge=0, lt=1, description="probability a row may leave out; 0 is exact")
+    output_tolerance: float = Field(0.01, ge=0, lt=1, description="probability a row may leave out; 0 is exact")
     max_outputs: int | None = Field(None, ge=1, description="most backward passes a step; null is as many as needed")
     forgetting: float = Field(1.0, gt=0, le=1, description="forgetting factor λ a step")
     process_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="variance q added a step")

@@ -17,7 +17,7 @@ from loko.distributed import Exact
 from loko.filter import Innovation, Linearization
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
-from loko.observation import OBSERVATIONS, ObservationModel, linearize, narrow
+from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
 
 __all__ = ["PAPER", "LoKO", "NonFiniteError", "parameter_groups"]
 
@@ -25,6 +25,7 @@ PAPER: dict[str, Any] = {
     "covariance": "diagonal",
     "noise": "ema",
     "linearization": 0.0,
+    "output_tolerance": 0.0,
     "initial_distribution": "uniform",
     "initial_covariance": 1.0,
 }
@@ -100,7 +101,8 @@ class LoKO(torch.optim.Optimizer):
         initial_noise: r₀ > 0; None takes what suits the observation (1/C, ¼ or 1).
         noise_excess: κ ≥ 0 of ``categorical_ema``.
         output_tolerance: τ ≥ 0. Above 0, a step spends backward passes only on outputs whose probability matters: what
-            it leaves out sums to at most τ for each row (see ``loko.observation.narrow``). 0 is exact.
+            it leaves out sums to at most τ for each row (see ``loko.observation.narrow``). 0 is exact, and so is every
+            τ with ``gaussian`` observations and ``categorical_ema`` noise.
         max_outputs: most backward passes a step; None is as many as τ asks for. For very many outputs.
         linearization: ω in [0, 1]: 0 linearises at the prediction (tangent), ω > 0 on the way to the label (secant).
         forgetting: λ in (0, 1]; below one the covariance grows by 1/λ a step.
@@ -130,7 +132,7 @@ class LoKO(torch.optim.Optimizer):
         initial_noise: float | None = None,
         noise_excess: float = 0.3,
         linearization: float = 0.25,
-        output_tolerance: float = 0.0,
+        output_tolerance: float = 0.01,
         max_outputs: int | None = None,
         forgetting: float = 1.0,
         process_noise: float = 0.0,
@@ -149,20 +151,14 @@ class LoKO(torch.optim.Optimizer):
         _in_range("linearization", linearization, 0 <= linearization <= 1, "in [0, 1]")
         _in_range("output_tolerance", output_tolerance, 0 <= output_tolerance < 1, "in [0, 1)")
         _in_range("max_outputs", max_outputs, max_outputs is None or max_outputs >= 1, ">= 1, or None")
-        narrowed = output_tolerance > 0 or max_outputs is not None
-        if narrowed and (noise == "categorical_ema" or observation == "gaussian"):
-            raise ValueError(
-                f"output_tolerance = {output_tolerance} and max_outputs = {max_outputs} do not go with "
-                + (
-                    "noise = 'categorical_ema', whose average lives in fixed logits"
-                    if observation != "gaussian"
-                    else "observation = 'gaussian', whose outputs all matter alike"
-                )
-                + "; leave both out"
-            )
         if isinstance(observation, str):
             _one_of("observation", observation, OBSERVATIONS)
         _in_range("max_skipped", max_skipped, max_skipped >= 0, ">= 0")
+        if max_outputs is not None and not _narrows(noise, observation):
+            raise ValueError(
+                f"max_outputs = {max_outputs} does not go with noise = {noise!r} and observation = {observation!r}: "
+                "it needs probabilities, and a noise that does not average over fixed logits; leave it out"
+            )
         groups: list[Any] = list(parameter_groups(model) if params is None else params)
         if not groups:
             raise ValueError(
@@ -277,7 +273,8 @@ class LoKO(torch.optim.Optimizer):
         """The linearisation of the global batch, and the directions of the outputs that J needs rows for."""
         weight, tolerance, limit = (self._settings[key] for key in ("linearization", "output_tolerance", "max_outputs"))
         assert self._contrast is not None
-        if tolerance == 0 and (limit is None or limit >= len(self._contrast)):
+        exact = tolerance == 0 and (limit is None or limit >= len(self._contrast))
+        if exact or not _narrows(self._settings["noise"], self._settings["observation"]):
             return linearize(self._observation, outputs, labels, weight), self._contrast
         noise = self._noise_state if self._noise.on_outputs else None
         return narrow(self._observation, outputs, labels, weight, tolerance=tolerance, limit=limit, noise=noise)
@@ -447,6 +444,11 @@ class LoKO(torch.optim.Optimizer):
             values = ", ".join(f"{key}={g[key]:g}" for key in _GROUP_SETTINGS)
             lines.append(f"  {g['name']}: {count} parameters, {values}")
         return "\n".join(lines)
+
+
+def _narrows(noise: str, observation: str | ObservationModel) -> bool:
+    """Whether outputs can be left out: they have probabilities, and the noise's state does not depend on which."""
+    return noise != "categorical_ema" and observation != "gaussian" and not isinstance(observation, Gaussian)
 
 
 def _build_noise(name: str, decay: float, excess: float) -> Any:
