@@ -1,4 +1,4 @@
-"""Estimators of the observation noise (FILTER §3): each turns a batch into an innovation and a next estimate.
+"""Estimators of the observation noise (docs/filter.md §3): each turns a batch into an innovation and a next estimate.
 
 An estimator is stateless; its state, one (m, m) float64 matrix, goes in and comes out, so that a step that is thrown
 away leaves nothing behind.

@@ -50,7 +50,7 @@ class Categorical:
 
     Softmax probabilities sum to one, so C − 1 of them carry everything: the class ``reference`` is dropped, and the
     observed outputs are the differences ``z_c − z_reference``. Which class is dropped changes nothing when the initial
-    noise is ``r₀ (I − 11ᵀ/C)`` on all classes, and it is (FILTER §5).
+    noise is ``r₀ (I − 11ᵀ/C)`` on all classes, and it is (docs/filter.md §5).
     """
 
     reference: int = -1
@@ -231,7 +231,7 @@ OBSERVATIONS: dict[str, Callable[[], ObservationModel]] = {
 
 
 def linearize(model: ObservationModel, outputs: Tensor, labels: Tensor, weight: float) -> Linearization:
-    """Residual and link of a batch (FILTER §3, "where to linearise").
+    """Residual and link of a batch (docs/filter.md §3, "where to linearise").
 
     The link is taken at ``ȳ = (1 − ω) ŷ + ω y``: ω = 0 is the tangent at the prediction (arXiv 2410.11551); ω > 0 a
     secant, through which a confidently wrong sample still has a Jacobian, and teaches.
@@ -256,7 +256,7 @@ def narrow(
     limit: int | None,
     noise: Tensor | None,
 ) -> tuple[Linearization, Tensor]:
-    """Linearise along few directions of the outputs instead of all, chosen for each sample (FILTER §10).
+    """Linearise along few directions of the outputs instead of all, chosen for each sample (docs/filter.md §10).
 
     Outputs are left out while the probability (Bernoulli: the variance) of all that are left out together stays within
     ``tolerance``. What is kept is exact: with Q the orthonormal basis of the kept directions, ``Ĥ = Λ Q Qᵀ J``, and the

@@ -77,7 +77,7 @@ def _role(name: str) -> str:
 
 
 class LoKO(torch.optim.Optimizer):
-    """Extended Kalman filter over the trainable parameters of a model (arXiv 2410.11551, and FILTER.md beyond it).
+    """Extended Kalman filter over the trainable parameters of a model (arXiv 2410.11551, and docs/filter.md beyond it).
 
     One call of :meth:`step` runs the forward, predicts, and learns each row of the batch once::
 
