@@ -368,7 +368,10 @@ class LoKO(torch.optim.Optimizer):
             "bytes_sent": float(self._world.bytes_sent),
         }
         if self._noise_state is not None:
-            result["trace_r"] = float(self._noise_state.trace())
+            noise = self._noise_state
+            if self._noise.on_outputs and self._contrast is not None:
+                noise = self._contrast.mT @ noise @ self._contrast  # of all outputs, whichever was dropped
+            result["trace_r"] = float(noise.trace())
         if self._last is not None:
             result["consistency"] = float(self._last.consistency / self._last.weights.numel())
         return result
