@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_jobs.settings import SearchConfig
@@ -21,7 +22,43 @@ _STARTUP_TRIALS = 4
 
 
 class DurableOptunaSearch(OptunaSearch):
-    """OptunaSearch that keeps the study whole when a trial diverges or the driver is killed."""
+    """OptunaSearch that keeps the study whole when a trial diverges or the driver is killed.
+
+    Tune writes its own state down every few seconds, the study at once. After a hard kill the study can therefore hold
+    trials that Tune does not know of; they are given to the next trials that Tune starts, so that each is run once.
+    """
+
+    _points_to_evaluate: list[dict[str, Any]]
+
+    def _setup_study(self, mode: str | list[str]) -> None:
+        """Open the study; given points are enqueued once a study, not once a start."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        points, self._points_to_evaluate = self._points_to_evaluate, []
+        super()._setup_study(mode)
+        self._points_to_evaluate = points
+        for point in points:
+            self._ot_study.enqueue_trial(point, skip_if_exists=True)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Values of a trial that Tune lost, if there is one, else new ones."""
+        if trial_id not in self._ot_trials and (lost := self._lost()):
+            self._adopt(trial_id, lost[0])
+        return super().suggest(trial_id)
+
+    def _lost(self) -> list[FrozenTrial]:
+        """Trials that the study holds and Tune does not know of."""
+        known = {trial.number for trial in self._ot_trials.values()}
+        return [
+            trial
+            for trial in self._ot_study.get_trials(deepcopy=False)
+            if trial.number not in known and trial.state != TrialState.WAITING
+        ]
+
+    def _adopt(self, trial_id: str, lost: FrozenTrial) -> None:
+        trial = optuna.trial.Trial(self._ot_study, lost._trial_id)
+        for name, distribution in self._space.items():
+            trial._suggest(name, distribution)  # as Study.ask does; what has a value keeps it
+        self._ot_trials[trial_id] = trial
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass an intermediate result on, unless the study already has the trial's end.
@@ -55,7 +92,6 @@ def make_search(config: SearchConfig, candidate: str, folder: Path) -> DurableOp
     """The searcher of one candidate; its given points are tried first."""
     settings = config.search
     points = config.candidates[candidate].points
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     samplers: dict[str, Any] = {
         "tpe": lambda: optuna.samplers.TPESampler(
             seed=settings.seed, multivariate=True, n_startup_trials=min(_STARTUP_TRIALS, settings.trials)

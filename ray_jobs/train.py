@@ -75,7 +75,9 @@ def claim(path: Path, config: dict[str, Any]) -> None:
     text = yaml.safe_dump(config, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.write_text(text)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.replace(path)  # all of it or nothing, whenever the job is killed
     elif path.read_text() != text:
         raise ConfigError(
             f"{path.parent} holds the results of another config (compare {path} with yours); choose another folder or "

@@ -88,7 +88,7 @@ def _search(config: SearchConfig, candidate: str, folder: Path) -> tune.ResultGr
     experiment = validate(ExperimentConfig, config.experiment_of(candidate, {}))
     trainable = _trainable(config, candidate, experiment)
     storage = folder / "tune"
-    if tune.Tuner.can_restore(str(storage / candidate)):
+    if _can_go_on(storage / candidate):
         tuner = tune.Tuner.restore(
             str(storage / candidate),
             trainable,
@@ -108,6 +108,7 @@ def _search(config: SearchConfig, candidate: str, folder: Path) -> tune.ResultGr
                 search_alg=make_search(config, candidate, folder),
                 scheduler=_scheduler(config, folder),
                 max_concurrent_trials=settings.concurrent or _slots(experiment),
+                reuse_actors=True,  # importing torch and transformers anew would cost a short trial more than its rows
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
@@ -120,6 +121,16 @@ def _search(config: SearchConfig, candidate: str, folder: Path) -> tune.ResultGr
             ),
         )
     return tuner.fit()
+
+
+def _can_go_on(folder: Path) -> bool:
+    """Whether Tune wrote down enough to go on from; killed before that, a search begins with the study's trials."""
+    for state in folder.glob("experiment_state-*.json"):
+        try:
+            json.loads(state.read_text())
+        except ValueError:
+            state.unlink()  # cut off by a kill; an earlier one, or the study, knows what it held
+    return tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json"))
 
 
 def _trainable(config: SearchConfig, candidate: str, experiment: ExperimentConfig) -> Any:
@@ -202,7 +213,7 @@ def _collect(config: SearchConfig, folder: Path, grids: dict[str, tune.ResultGri
             frame = result.metrics_dataframe
             if frame is None or result.metrics is None:
                 continue
-            frame = frame.drop_duplicates("rows", keep="last")  # a resumed trial reports its last rung again
+            frame = frame.drop_duplicates("rows", keep="first")  # a resumed trial reports its last rung again
             finished = bool(result.metrics.get("finished"))
             status = "failed" if result.error else "complete" if finished else "stopped"
             frame = frame.assign(candidate=candidate, trial=result.metrics["trial_id"], status=status)
