@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from loko.tasks import TaskConfig
 
@@ -43,6 +43,12 @@ class StreamConfig(_Strict):
     )
 
 
+_Variance = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[float, Field(gt=0, allow_inf_nan=False), Tag("number")],
+    Discriminator(lambda value: "auto" if value == "auto" else "number"),
+]
+
+
 class LokoConfig(_Strict):
     """The Kalman filter; the keys are those of ``loko.LoKO``."""
 
@@ -51,7 +57,9 @@ class LokoConfig(_Strict):
     )
     covariance: Literal["low_rank", "diagonal"] = Field("low_rank", description="kind of parameter covariance")
     rank: int = Field(16, ge=0, description="rank L of low_rank")
-    initial_covariance: float = Field(0.3, gt=0, allow_inf_nan=False, description="variance p0 before the first row")
+    initial_covariance: _Variance = Field(
+        0.3, description="variance p0 before the first row; auto: the first batch sets it"
+    )
     initial_distribution: Literal["constant", "uniform"] = Field("constant", description="p0, or U(0, p0]")
     scales: dict[str, float] = Field(default_factory=dict, description="factors on p0 by group: A, B, head, other")
     noise: Literal["ema", "ema_residual", "categorical", "categorical_ema", "fixed"] = Field(

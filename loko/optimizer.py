@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, initial_variance
 from loko.distributed import Exact
-from loko.filter import Innovation, Linearization
+from loko.filter import Innovation, Linearization, diagonal_blocks
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
@@ -31,6 +31,9 @@ PAPER: dict[str, Any] = {
 }
 """The filter as published (arXiv 2410.11551): ``LoKO(model, **PAPER)``. The paper sets the scale of the initial
 covariance by hand for each task; 1.0 is where a search starts."""
+
+AUTO_VARIANCE = 4.0
+"""Prior variance of a logit that ``initial_covariance="auto"`` sets (docs/initial_covariance.md)."""
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -93,7 +96,9 @@ class LoKO(torch.optim.Optimizer):
             set ``initial_covariance``, ``forgetting`` and ``process_noise`` for itself.
         covariance: ``low_rank`` (precision diag + rank L) or ``diagonal`` (the paper's).
         rank: L of ``low_rank``; 0 is the diagonal precision filter.
-        initial_covariance: p₀ > 0, variance of every parameter before the first row.
+        initial_covariance: p₀ > 0, variance of every parameter before the first row; or ``auto``: the first batch sets
+            it, so that the logits of its rows have the prior variance ``AUTO_VARIANCE`` on average (``gaussian``:
+            r₀ times one). The groups then hold their ``scales`` until the first step, and the variance from it on.
         initial_distribution: ``constant``, or ``uniform`` for U(0, p₀] as in the paper.
         scales: factors on ``initial_covariance`` by group name, such as ``{"head": 1.0, "A": 10.0}``.
         noise: ``ema``, ``ema_residual``, ``categorical``, ``categorical_ema`` or ``fixed`` (see ``loko.noise``).
@@ -124,7 +129,7 @@ class LoKO(torch.optim.Optimizer):
         *,
         covariance: str = "low_rank",
         rank: int = 16,
-        initial_covariance: float = 0.3,
+        initial_covariance: float | Literal["auto"] = 0.3,
         initial_distribution: str = "constant",
         scales: dict[str, float] | None = None,
         noise: str = "ema",
@@ -165,11 +170,16 @@ class LoKO(torch.optim.Optimizer):
                 "the model has no trainable parameter: wrap it with peft.get_peft_model, or set requires_grad=True on "
                 "the parameters that are to learn"
             )
+        auto = initial_covariance == "auto"
+        if auto and any(isinstance(g, dict) and "initial_covariance" in g for g in groups):
+            raise ValueError(
+                "initial_covariance = 'auto' sets one scale for all groups; give groups factors on it through scales"
+            )
         super().__init__(
             groups,
             {
                 "name": "parameters",
-                "initial_covariance": initial_covariance,
+                "initial_covariance": 1.0 if auto else initial_covariance,
                 "forgetting": forgetting,
                 "process_noise": process_noise,
             },
@@ -177,6 +187,7 @@ class LoKO(torch.optim.Optimizer):
         self._settings: dict[str, Any] = {
             "covariance": covariance,
             "rank": rank,
+            **({"initial_covariance": "auto"} if auto else {}),
             "initial_distribution": initial_distribution,
             "noise": noise,
             "noise_decay": noise_decay,
@@ -259,7 +270,7 @@ class LoKO(torch.optim.Optimizer):
         own = directions if directions.dim() == 2 else directions[self._world.own_rows(len(seen), seen.device)]
         jacobian = self._world.exchange(self._engine.jacobian(outputs, own))
         del outputs  # and with it the recorded forward
-        if not self._learn(jacobian, observed):
+        if not self._learn(jacobian, observed, directions):
             self._skip(len(all_outputs))
             return seen
         self._counters.steps += 1
@@ -293,12 +304,14 @@ class LoKO(torch.optim.Optimizer):
                 f"{len(self._contrast)}: the state is of another model"
             )
 
-    def _learn(self, jacobian: Tensor, observed: Linearization) -> bool:
+    def _learn(self, jacobian: Tensor, observed: Linearization, directions: Tensor) -> bool:
         """One predict and update; False, and nothing changed, when a number in it is not finite."""
         assert self._noise_state is not None
         if not bool(torch.isfinite(observed.residual).all()):
             return False
-        predicted = self._predicted()
+        scale = self._start_scale(jacobian, directions)
+        start = self._covariance if scale is None else self._covariance.predict(1.0 / scale, 0.0)
+        predicted = self._predicted(start)
         prior = predicted.project(jacobian, self._world.reduce)
         innovation, noise = self._noise.innovate(self._noise_state, prior.outputs, observed)
         delta = prior.mean_step(innovation.weights)
@@ -310,6 +323,8 @@ class LoKO(torch.optim.Optimizer):
         if not bool(torch.isfinite(self._world.reduce(total)).all()):
             return False
         self._covariance = posterior
+        for g in self.param_groups if scale is not None else ():
+            g["initial_covariance"] *= scale
         self._noise_state = noise
         self._last = innovation
         self._counters.jitters += innovation.jitters
@@ -318,10 +333,36 @@ class LoKO(torch.optim.Optimizer):
         torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
         return True
 
-    def _predicted(self) -> Covariance:
+    def _start_scale(self, jacobian: Tensor, directions: Tensor) -> float | None:
+        """What the first rows ask the covariance to be multiplied by; None but on the first step with ``auto``.
+
+        The variance of a logit is the mean over the rows of ``tr((D Dᵀ)⁻¹ D K Dᵀ) / m``, D the directions that J has
+        rows for: the mean over an orthonormal basis of what is observed, whichever class is the reference. K is that of
+        the global batch, so the split over workers does not matter.
+
+        Raises:
+            ValueError: the outputs of the first batch depend on no parameter.
+        """
+        if self._counters.steps > 0 or "initial_covariance" not in self._settings:
+            return None
+        variances = diagonal_blocks(
+            self._covariance.project(jacobian, self._world.reduce).outputs, directions.shape[-2]
+        )
+        gram = (directions @ directions.mT).to(variances).expand_as(variances)
+        variance = float(torch.linalg.solve(gram, variances).diagonal(dim1=-2, dim2=-1).mean())
+        if not math.isfinite(variance):
+            return None  # the batch is skipped, and the next one sets the scale
+        if variance <= 0:
+            raise ValueError(
+                "initial_covariance = 'auto' finds outputs that no parameter moves on the first batch; give a number"
+            )
+        gaussian = isinstance(self._observation, Gaussian)
+        return (self._settings["initial_noise"] or 1.0 if gaussian else AUTO_VARIANCE) / variance
+
+    def _predicted(self, covariance: Covariance) -> Covariance:
         if all(g["forgetting"] == 1.0 and g["process_noise"] == 0.0 for g in self.param_groups):
-            return self._covariance
-        return self._covariance.predict(
+            return covariance
+        return covariance.predict(
             self._per_parameter("forgetting"), self._per_parameter("process_noise"), self._world.reduce
         )
 
@@ -362,6 +403,7 @@ class LoKO(torch.optim.Optimizer):
         marginal = self._covariance.marginal(self._world.reduce)
         result = {
             "trace_p": float(self._world.reduce(marginal.double().sum())),
+            **self._initial_covariances(),
             "floored": float(self._world.reduce(self._covariance.at_floor().double())),
             "skipped_rows": float(self._counters.skipped_rows),
             "jitters": float(self._counters.jitters),
@@ -375,6 +417,13 @@ class LoKO(torch.optim.Optimizer):
         if self._last is not None:
             result["consistency"] = float(self._last.consistency / self._last.weights.numel())
         return result
+
+    def _initial_covariances(self) -> dict[str, float]:
+        """p₀ under one name where the groups agree, else one a group."""
+        values = {g["name"]: g["initial_covariance"] for g in self.param_groups}
+        if len(set(values.values())) == 1:
+            return {"initial_covariance": next(iter(values.values()))}
+        return {f"initial_covariance_{name}": value for name, value in values.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the filter needs to go on, whole whatever the number of ranks; a collective call.

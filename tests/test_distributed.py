@@ -32,6 +32,7 @@ CASES: list[dict[str, Any]] = [
     {"rank": 4, "noise": "ema_residual", "process_noise": 1e-3},
     {"rank": 0, "noise": "categorical", "forgetting": 0.95},
     {"rank": 40, "noise": "fixed"},
+    {"rank": 4, "initial_covariance": "auto"},
 ]
 
 
