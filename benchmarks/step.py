@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import platform
 import statistics
 import time
 import warnings
@@ -336,17 +337,51 @@ def goals(results: list[Result], device: torch.device) -> list[Goal]:
     return lines
 
 
+def plot(results: list[dict[str, Any]], device: str, path: Path) -> None:
+    """Bars of the ratio to AdamW, a group a case."""
+    from matplotlib import pyplot as plt
+
+    shown = {"loko adaptive": "#d9480f", "loko exact": "#0b6e99", "loko diagonal, exact": "#74c0fc"}
+    figure, axis = plt.subplots(figsize=(8, 0.55 * len(results) + 1), layout="constrained")
+    for place, result in enumerate(reversed(results)):
+        for offset, (name, color) in enumerate(shown.items()):
+            value = result["over_adamw"].get(name)
+            if value is not None:
+                axis.barh(place + 0.27 * (1 - offset), value, 0.25, color=color, label=name if place == 0 else None)
+                axis.text(value, place + 0.27 * (1 - offset), f" {value:.2f}", va="center", fontsize=7)
+    axis.set_yticks(range(len(results)), [result["case"] for result in reversed(results)], fontsize=8)
+    axis.axvline(1, color="#212529", lw=1)
+    axis.set_xlabel(f"time of a step over AdamW's ({device})")
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in shown.values()]
+    axis.legend(handles, list(shown), frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: mapping buffers anew costs every contender alike, and hides what they cost."""
+    import ctypes
+
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    for parameter in (trim, mmap):
+        libc.mallopt(parameter, 1 << 30)
+
+
 def main(
     json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
     seconds: Annotated[float, typer.Option(help="time for each case")] = 12.0,
     threads: Annotated[int, typer.Option(help="torch threads on the CPU")] = 1,
     only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
+    png: Annotated[Path | None, typer.Option(help="draw the ratios here")] = None,
 ) -> None:
     """Measure every case and print the table."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
+    if platform.libc_ver()[0] == "glibc":
+        keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = []
     table = Table("case", "contender", "ms", "/ AdamW", title=f"A step on {device.type}", title_justify="left")
@@ -364,6 +399,8 @@ def main(
     print_goals(lines)
     if device.type == "cpu":
         print("not measured on a GPU")
+    if png is not None:
+        plot([asdict(result) for result in results], device.type, png)
     if json is not None:
         write(json, lines, device=device.type, threads=threads, cases=[asdict(result) for result in results])
 

@@ -71,6 +71,9 @@ class LokoConfig(_Strict):
     linearization: float = Field(0.25, ge=0, le=1, description="0 is the tangent, above 0 the secant's weight ω")
     output_tolerance: float = Field(0.01, ge=0, lt=1, description="probability a row may leave out; 0 is exact")
     max_outputs: int | None = Field(None, ge=1, description="most backward passes a step; null is as many as needed")
+    jacobian_megabytes: float = Field(
+        1024.0, gt=0, description="most memory for J; beyond it fewer outputs are observed"
+    )
     forgetting: float = Field(1.0, gt=0, le=1, description="forgetting factor λ a step")
     process_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="variance q added a step")
     max_skipped: int = Field(10, ge=0, description="batches in a row that may be skipped for not being finite")

@@ -269,7 +269,7 @@ COVARIANCES: dict[str, type[Covariance]] = {"diagonal": Diagonal, "low_rank": Lo
 
 
 def initial_variance(count: int, scale: float, distribution: str, generator: torch.Generator) -> Tensor:
-    """p₀ of one parameter group, (count,) float32: ``constant`` is the scale, ``uniform`` U(0, scale] (docs/filter.md §4)."""
+    """p₀ of one parameter group, (count,) float32: ``constant`` is the scale, ``uniform`` U(0, scale]."""
     if distribution == "constant":
         return torch.full((count,), float(scale))
     if distribution == "uniform":  # 1 − U[0, 1) is never zero, and a zero variance could never learn

@@ -2,8 +2,8 @@
 
 Each rank runs the forward and the Jacobian of its own rows. An all-to-all then gives rank j every row of its slice of
 the columns; whatever is a sum over parameters is all-reduced; every rank solves the same small system; the slices of
-the update are gathered. The result is one worker's on the whole batch, up to the order of summation (docs/filter.md §9), and
-memory and work for the covariance fall as one over the number of workers.
+the update are gathered. The result is one worker's on the whole batch, up to the order of summation, and memory and
+work for the covariance fall as one over the number of workers (docs/filter.md §9).
 """
 
 from __future__ import annotations

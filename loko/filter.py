@@ -86,7 +86,7 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, int]:
 
 
 def innovate(prior: Tensor, observed: Linearization, noise: Tensor) -> Innovation:
-    """The innovation with H = Λ J and an observation noise R shared by the samples (docs/filter.md §2; arXiv 2410.11551).
+    """The innovation with H = Λ J and an observation noise R shared by the samples (arXiv 2410.11551).
 
     ``S = Λ K Λᵀ + I ⊗ R``, ``w = Λᵀ S⁻¹ e``, ``GᵀG = Λᵀ R⁻¹ Λ``. R is whitened away first, so that the system that is
     factorised, ``I + G K Gᵀ``, has no eigenvalue below one however small R has become.

@@ -137,6 +137,7 @@ class JacobianEngine:
         mapped = {id(p) for module in self._maps for p in module.parameters(recurse=False)}
         self._exact = {id(p) for p in self.parameters if id(p) not in mapped}
         self._calls: list[_Call] = []
+        self._buffer: Tensor | None = None
         self._proven = 0  # 1: on a batch of one row; 2: on several rows, which alone can show that samples mix
 
     @property
@@ -170,7 +171,7 @@ class JacobianEngine:
             self._calls.append(_Call(module, (*inputs, *named.values())[0].detach(), output))
 
     def jacobian(self, outputs: Tensor, contrast: Tensor) -> Tensor:
-        """J = ∂(contrast · outputs)/∂θ for every sample, (B·m, n), rows sample by sample.
+        """J = ∂(contrast · outputs)/∂θ for every sample, (B·m, n), rows sample by sample; good until the next call.
 
         Its dtype is that of the parameters, float32 at least.
 
@@ -185,7 +186,7 @@ class JacobianEngine:
             JacobianError: a parameter without a path to the outputs, samples that depend on each other.
         """
         batch, observed = len(outputs), contrast.shape[-2]
-        jacobian = torch.empty(batch, observed, self.size, dtype=self.dtype, device=outputs.device)
+        jacobian = self._memory(batch, observed, outputs.device)
         calls, self._calls = self._calls, []
         if batch == 0:
             return jacobian.view(0, self.size)
@@ -206,6 +207,13 @@ class JacobianEngine:
             self._prove(calls, outputs, seeds, jacobian)
             self._proven = max(self._proven, rows)
         return jacobian.view(batch * observed, self.size)
+
+    def _memory(self, batch: int, observed: int, device: torch.device) -> Tensor:
+        """(B, m, n) in one buffer that steps share: J is by far the largest thing a step would allocate."""
+        count = batch * observed * self.size
+        if self._buffer is None or len(self._buffer) < count or self._buffer.device != device:
+            self._buffer = torch.empty(count, dtype=self.dtype, device=device)
+        return self._buffer[:count].view(batch, observed, self.size)
 
     def _owned(self, module: nn.Module) -> list[Parameter]:
         return [p for p in module.parameters(recurse=False) if id(p) in self._columns]

@@ -1,12 +1,15 @@
 """Observation models: what a label says about the outputs of a model, and where that is linearised.
 
-Each model offers the same four functions, all on outputs (B, C) and labels (B, …):
+Each model offers the same functions, all on outputs (B, C) and labels (B, …):
 
 * ``contrast(C)`` (m × C): which m combinations of the C outputs are observed;
 * ``check(outputs, labels)``: raises on labels the model cannot mean;
 * ``mean(outputs)`` (B × m): the prediction ŷ, float64;
 * ``target(labels, C)`` (B × m): the observation y, float64;
-* ``link(mean)`` (B × m × m): ∂mean/∂(contrast outputs), as a function of the mean.
+* ``link(mean)`` (B × m × m): ∂mean/∂(contrast outputs), as a function of the mean;
+
+and ``expect(outputs, covariance, noise)``: mean (B × C) and covariance (B × C × C) of the label where the outputs are
+uncertain.
 
 With many outputs most of them hardly vary, and a backward pass for each is wasted. :func:`narrow` observes fewer
 directions, chosen for each sample, and needs of a model the same on all C outputs: ``full_mean``, ``full_target``,
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from loko.filter import Linearization, cholesky
+from loko.prediction import mean_field_softmax, probit_sigmoid
 
 __all__ = ["OBSERVATIONS", "Bernoulli", "Categorical", "Gaussian", "ObservationModel", "linearize", "narrow"]
 
@@ -42,6 +46,7 @@ class ObservationModel(Protocol):
     def times_link(self, point: Tensor, matrix: Tensor) -> Tensor: ...
     def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]: ...
     def seeds(self, point: Tensor, chosen: Tensor) -> Tensor: ...
+    def expect(self, outputs: Tensor, covariance: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,11 @@ class Categorical:
         units = torch.nn.functional.one_hot(chosen, point.shape[1]).to(point.dtype)
         return (units - point[:, None, :]).mT
 
+    def expect(self, outputs: Tensor, covariance: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Probabilities under uncertain outputs, and diag(π) − π πᵀ, which holds for whatever gave π."""
+        mean = mean_field_softmax(outputs.double(), covariance)
+        return mean, self.link(mean)
+
     def link(self, mean: Tensor) -> Tensor:
         """diag(π) − π πᵀ."""
         return torch.diag_embed(mean) - mean[:, :, None] * mean[:, None, :]
@@ -167,6 +177,11 @@ class Bernoulli:
         """Unit vectors of the chosen outputs, (B, C, k)."""
         return torch.nn.functional.one_hot(chosen, point.shape[1]).to(point.dtype).mT
 
+    def expect(self, outputs: Tensor, covariance: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Probabilities under uncertain outputs, and the variance of each label; what labels share is left out."""
+        mean = probit_sigmoid(outputs.double(), covariance.diagonal(dim1=-2, dim2=-1))
+        return mean, self.link(mean)
+
     def link(self, mean: Tensor) -> Tensor:
         return torch.diag_embed(mean * (1 - mean))
 
@@ -214,6 +229,10 @@ class Gaussian:
     def seeds(self, point: Tensor, chosen: Tensor) -> Tensor:
         """Unit vectors of the chosen outputs, (B, C, k)."""
         return torch.nn.functional.one_hot(chosen, point.shape[1]).to(point.dtype).mT
+
+    def expect(self, outputs: Tensor, covariance: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The outputs, and their covariance with R on top; exact."""
+        return outputs.double(), covariance if noise is None else covariance + noise
 
     def link(self, mean: Tensor) -> Tensor:
         return torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device).expand(len(mean), -1, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +19,9 @@ from loko.filter import Innovation, Linearization, diagonal_blocks
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
+from loko.prediction import Prediction
+
+log = logging.getLogger(__name__)
 
 __all__ = ["PAPER", "LoKO", "NonFiniteError", "parameter_groups"]
 
@@ -109,6 +113,8 @@ class LoKO(torch.optim.Optimizer):
             it leaves out sums to at most τ for each row (see ``loko.observation.narrow``). 0 is exact, and so is every
             τ with ``gaussian`` observations and ``categorical_ema`` noise.
         max_outputs: most backward passes a step; None is as many as τ asks for. For very many outputs.
+        jacobian_megabytes: most memory for J on one worker. Where the batch needs more, fewer outputs are observed, as
+            with ``max_outputs``; the choice is logged once. A fixed number, so that no run depends on its machine.
         linearization: ω in [0, 1]: 0 linearises at the prediction (tangent), ω > 0 on the way to the label (secant).
         forgetting: λ in (0, 1]; below one the covariance grows by 1/λ a step.
         process_noise: q ≥ 0, added to every variance a step.
@@ -139,6 +145,7 @@ class LoKO(torch.optim.Optimizer):
         linearization: float = 0.25,
         output_tolerance: float = 0.01,
         max_outputs: int | None = None,
+        jacobian_megabytes: float = 1024.0,
         forgetting: float = 1.0,
         process_noise: float = 0.0,
         observation: str | ObservationModel = "categorical",
@@ -156,6 +163,7 @@ class LoKO(torch.optim.Optimizer):
         _in_range("linearization", linearization, 0 <= linearization <= 1, "in [0, 1]")
         _in_range("output_tolerance", output_tolerance, 0 <= output_tolerance < 1, "in [0, 1)")
         _in_range("max_outputs", max_outputs, max_outputs is None or max_outputs >= 1, ">= 1, or None")
+        _in_range("jacobian_megabytes", jacobian_megabytes, jacobian_megabytes > 0, "> 0")
         if isinstance(observation, str):
             _one_of("observation", observation, OBSERVATIONS)
         _in_range("max_skipped", max_skipped, max_skipped >= 0, ">= 0")
@@ -196,6 +204,7 @@ class LoKO(torch.optim.Optimizer):
             "linearization": linearization,
             "output_tolerance": output_tolerance,
             "max_outputs": max_outputs,
+            "jacobian_megabytes": jacobian_megabytes,
             "observation": observation,
             "max_skipped": max_skipped,
         }
@@ -211,6 +220,7 @@ class LoKO(torch.optim.Optimizer):
         self._noise_state: Tensor | None = None
         self._contrast: Tensor | None = None
         self._counters = _Counters()
+        self._memory_logged = False
         self._last: Innovation | None = None
 
     def _apply_scales(self, scales: dict[str, float]) -> None:
@@ -280,15 +290,63 @@ class LoKO(torch.optim.Optimizer):
             self._relearn_noise(closure, jacobian, observed)
         return seen
 
+    @torch.no_grad()
+    def predict(self, closure: Callable[[], Tensor]) -> Prediction:
+        """Predict rows with the uncertainty that P gives their outputs; nothing is learned. A collective call.
+
+        Costs what a step does: one backward pass for each observed output (C − 1 of C classes, whatever
+        ``output_tolerance``), and memory for J of all rows at once.
+
+        Args:
+            closure: runs the model and returns its outputs (B, C), such as ``lambda: model(**inputs).logits``.
+
+        Raises:
+            RuntimeError: ``initial_covariance="auto"`` and no step yet: P has no scale before the first batch.
+            JacobianError: see ``loko.jacobian``.
+        """
+        if self._counters.steps == 0 and self._settings.get("initial_covariance") == "auto":
+            raise RuntimeError("initial_covariance = 'auto' takes its scale from the first batch; make a step first")
+        with self._engine.record():
+            outputs = closure()
+        if outputs.dim() != 2:
+            raise ValueError(f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}")
+        seen = outputs.detach()
+        contrast = self._observation.contrast(seen.shape[1]).to(seen.device)
+        jacobian = self._world.exchange(self._engine.jacobian(outputs, contrast))
+        del outputs
+        spread = self._covariance.project(jacobian, self._world.reduce).outputs
+        own = self._world.own_rows(len(seen), seen.device)
+        lift = torch.linalg.pinv(contrast)  # from observed combinations back to the outputs, centred where they are
+        covariance = lift @ diagonal_blocks(spread, len(contrast))[own] @ lift.mT
+        noise = self._noise_state if self._noise.on_outputs else None
+        return Prediction(seen, covariance, *self._observation.expect(seen, covariance, noise))
+
     def _linearize(self, outputs: Tensor, labels: Tensor) -> tuple[Linearization, Tensor]:
         """The linearisation of the global batch, and the directions of the outputs that J needs rows for."""
         weight, tolerance, limit = (self._settings[key] for key in ("linearization", "output_tolerance", "max_outputs"))
         assert self._contrast is not None
-        exact = tolerance == 0 and (limit is None or limit >= len(self._contrast))
-        if exact or not _narrows(self._settings["noise"], self._settings["observation"]):
+        if not _narrows(self._settings["noise"], self._settings["observation"]):
+            return linearize(self._observation, outputs, labels, weight), self._contrast
+        limit = self._output_limit(limit, outputs)
+        if tolerance == 0 and limit >= len(self._contrast):
             return linearize(self._observation, outputs, labels, weight), self._contrast
         noise = self._noise_state if self._noise.on_outputs else None
         return narrow(self._observation, outputs, labels, weight, tolerance=tolerance, limit=limit, noise=noise)
+
+    def _output_limit(self, limit: int | None, outputs: Tensor) -> int:
+        """Most outputs that the settings and the memory for J allow."""
+        assert self._contrast is not None
+        wanted = min(limit or outputs.shape[1], outputs.shape[1])
+        rows = math.ceil(len(outputs) / self._world.world_size)
+        bytes_an_output = rows * self._engine.size * torch.promote_types(outputs.dtype, torch.float32).itemsize
+        fits = max(1, int(self._settings["jacobian_megabytes"] * 2**20 / bytes_an_output))
+        if fits < min(wanted, len(self._contrast)) and not self._memory_logged:
+            self._memory_logged = True
+            log.warning(
+                "J of %d outputs would take %.0f MiB; at most %d outputs are observed a step (jacobian_megabytes = %g)",
+                wanted, wanted * bytes_an_output / 2**20, fits, self._settings["jacobian_megabytes"],
+            )  # fmt: skip
+        return min(wanted, fits)
 
     def _prepare(self, outputs: Tensor) -> None:
         if self._contrast is None:

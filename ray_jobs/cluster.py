@@ -27,6 +27,9 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 _PASSED_ON = (*_ENVIRONMENT, "HF_HUB_OFFLINE", "PYTHONPATH")
+# Worker processes keep freed memory. A step's buffers are of megabytes, and glibc would map and unmap them anew each
+# time; on a virtual machine the page faults took half of every step, AdamW's as well as LoKO's.
+_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 
 
 def connect(dashboard: bool = False) -> None:
@@ -42,7 +45,7 @@ def connect(dashboard: bool = False) -> None:
     settings: dict[str, Any] = {
         "logging_level": "ERROR",
         "log_to_driver": False,
-        "runtime_env": {"env_vars": {key: os.environ[key] for key in _PASSED_ON if key in os.environ}},
+        "runtime_env": {"env_vars": _ALLOCATOR | {key: os.environ[key] for key in _PASSED_ON if key in os.environ}},
     }
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**settings)

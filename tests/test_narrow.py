@@ -113,3 +113,19 @@ def test_fewer_directions_mean_fewer_backward_passes() -> None:
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="leave it out"):
         LoKO(nn.Linear(2, 3), **settings)
+
+
+def test_memory_for_the_jacobian_is_bounded_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(3, CLASSES).double()
+    megabytes_an_output = 4 * sum(p.numel() for p in model.parameters()) * 8 / 2**20
+    optimizer = LoKO(model, output_tolerance=0.0, jacobian_megabytes=2 * megabytes_an_output)
+    seen: list[int] = []
+    jacobian = optimizer._engine.jacobian
+    optimizer._engine.jacobian = lambda outputs, directions: (  # type: ignore[method-assign]
+        seen.append(directions.shape[-2]) or jacobian(outputs, directions)  # type: ignore[func-returns-value]
+    )
+    for _ in range(3):
+        x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(0, CLASSES, (4,))
+        optimizer.step(lambda x=x, y=y: (model(x), y))
+    assert seen == [2, 2, 2]
+    assert sum("at most 2 outputs" in message for message in caplog.messages) == 1
