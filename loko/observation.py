@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from loko.filter import Linearization, cholesky
-from loko.prediction import mean_field_softmax, probit_sigmoid
+from loko.prediction import expected_sigmoid, expected_softmax
 
 __all__ = ["OBSERVATIONS", "Bernoulli", "Categorical", "Gaussian", "ObservationModel", "linearize", "narrow"]
 
@@ -121,7 +121,7 @@ class Categorical:
 
     def expect(self, outputs: Tensor, covariance: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Probabilities under uncertain outputs, and diag(π) − π πᵀ, which holds for whatever gave π."""
-        mean = mean_field_softmax(outputs.double(), covariance)
+        mean = expected_softmax(outputs, covariance)
         return mean, self.link(mean)
 
     def link(self, mean: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Bernoulli:
 
     def expect(self, outputs: Tensor, covariance: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Probabilities under uncertain outputs, and the variance of each label; what labels share is left out."""
-        mean = probit_sigmoid(outputs.double(), covariance.diagonal(dim1=-2, dim2=-1))
+        mean = expected_sigmoid(outputs, covariance.diagonal(dim1=-2, dim2=-1))
         return mean, self.link(mean)
 
     def link(self, mean: Tensor) -> Tensor:
