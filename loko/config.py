@@ -76,6 +76,9 @@ class LokoConfig(_Strict):
     )
     forgetting: float = Field(1.0, gt=0, le=1, description="forgetting factor λ a step")
     process_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="variance q added a step")
+    sync_every: int | None = Field(
+        None, ge=1, description="several workers: null is the exact update, k merges independent filters every k steps"
+    )
     max_skipped: int = Field(10, ge=0, description="batches in a row that may be skipped for not being finite")
     seed: int = Field(0, ge=0, description="seed of the uniform start")
 
@@ -130,7 +133,7 @@ class ExperimentConfig(_Strict):
     def kalman_arguments(self) -> dict[str, Any]:
         """The keyword arguments of :class:`loko.LoKO` for this run."""
         assert isinstance(self.optimizer, LokoConfig)
-        return {**self.optimizer.model_dump(exclude={"name"}), "observation": self.task.observation}
+        return {**self.optimizer.model_dump(exclude={"name", "sync_every"}), "observation": self.task.observation}
 
 
 Config = TypeVar("Config", bound=BaseModel)

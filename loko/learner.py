@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loko.config import ExperimentConfig, GradientConfig, LokoConfig
+from loko.consensus import Consensus
 from loko.optimizer import LoKO, parameter_groups
 from loko.tasks import Batch, Task
 
@@ -29,9 +30,19 @@ class Learner(Protocol):
 class KalmanLearner:
     """LoKO on a task."""
 
-    def __init__(self, task: Task, arguments: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        arguments: dict[str, Any],
+        group: dist.ProcessGroup | None = None,
+        sync_every: int | None = None,
+    ) -> None:
         self._task = task
-        self.optimizer = LoKO(task.model, group=group, **arguments)
+        self.optimizer: LoKO | Consensus
+        if group is None or sync_every is None:
+            self.optimizer = LoKO(task.model, group=group, **arguments)
+        else:
+            self.optimizer = Consensus(LoKO(task.model, **arguments), group, sync_every)
 
     def learn(self, batch: Batch) -> Tensor:
         """The outputs before the update, (B, C)."""
@@ -114,7 +125,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def build_learner(config: ExperimentConfig, task: Task, group: dist.ProcessGroup | None = None) -> Learner:
     """The learner a config names."""
     if isinstance(config.optimizer, LokoConfig):
-        return KalmanLearner(task, config.kalman_arguments(), group)
+        return KalmanLearner(task, config.kalman_arguments(), group, config.optimizer.sync_every)
     return GradientLearner(task, build_optimizer(task.model, config.optimizer), group)
 
 

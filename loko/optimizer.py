@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, initial_variance
-from loko.distributed import Exact
+from loko.distributed import Exact, Ranks
 from loko.filter import Innovation, Linearization, diagonal_blocks
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
@@ -369,7 +369,7 @@ class LoKO(torch.optim.Optimizer):
             return False
         scale = self._start_scale(jacobian, directions)
         start = self._covariance if scale is None else self._covariance.predict(1.0 / scale, 0.0)
-        predicted = self._predicted(start)
+        predicted = self.predicted(start)
         prior = predicted.project(jacobian, self._world.reduce)
         innovation, noise = self._noise.innovate(self._noise_state, prior.outputs, observed)
         delta = prior.mean_step(innovation.weights)
@@ -417,7 +417,8 @@ class LoKO(torch.optim.Optimizer):
         gaussian = isinstance(self._observation, Gaussian)
         return (self._settings["initial_noise"] or 1.0 if gaussian else AUTO_VARIANCE) / variance
 
-    def _predicted(self, covariance: Covariance) -> Covariance:
+    def predicted(self, covariance: Covariance) -> Covariance:
+        """A covariance one step later: forgetting and process noise of every group, no rows."""
         if all(g["forgetting"] == 1.0 and g["process_noise"] == 0.0 for g in self.param_groups):
             return covariance
         return covariance.predict(
@@ -432,6 +433,30 @@ class LoKO(torch.optim.Optimizer):
         some = next(iter(like.values()))
         values = [some.new_full((p.numel(),), g[key]) for g in self.param_groups for p in g["params"]]
         return torch.cat(values)[self._world.own]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings the filter was built with, as in ``repr``."""
+        return dict(self._settings)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The parameters that are filtered, in the order of the covariance."""
+        return list(self._params)
+
+    @property
+    def covariance(self) -> Covariance:
+        """Covariance of this rank's slice of the parameters."""
+        return self._covariance
+
+    @covariance.setter
+    def covariance(self, value: Covariance) -> None:
+        self._covariance = value
+
+    def average_noise(self, ranks: Ranks) -> None:
+        """Give every rank the mean of the noise estimates of all; a collective call, after the first step."""
+        assert self._noise_state is not None
+        self._noise_state = ranks.reduce(self._noise_state) / ranks.world_size
 
     def _relearn_noise(self, closure: Closure, jacobian: Tensor, before: Linearization) -> None:
         assert isinstance(self._noise, EmaResidual)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from loko import LoKO
+from loko.consensus import Consensus
 from loko.distributed import Exact
 from loko.stream import slice_of
 from tests.oracle import covariance_of
@@ -141,3 +142,53 @@ def test_one_worker_communicates_nothing() -> None:
     assert all(same is rows for same in (alone.gather_rows(rows), alone.exchange(rows), alone.reduce(rows)))
     assert alone.gather_columns(rows) is rows
     assert alone.bytes_sent == 0
+
+
+def consensus_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {every: linear(rank, every) for every in (1, 3)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def linear(rank: int | None, every: int) -> dict[str, Tensor]:
+    """Regression on one-hot rows, whose information is diagonal; rank None learns both ranks' rows."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    settings: dict[str, Any] = {"covariance": "diagonal", "noise": "fixed", "observation": "gaussian"}
+    optimizer = LoKO(model, **settings)
+    learner = optimizer if rank is None else Consensus(optimizer, dist.group.WORLD, every)
+    for step in range(7):
+        x = nn.functional.one_hot(torch.randint(0, 4, (6,), generator=generator), 4).double()
+        y = torch.randn(6, 1, generator=generator, dtype=torch.float64)
+        # The second rank has no row at all in one step.
+        if step == 2:
+            own = slice(0, 0) if rank == 1 else slice(0, 6)
+        else:
+            own = slice(0, 6) if rank is None else slice(rank * 3, rank * 3 + 3)
+        learner.step(lambda x=x[own], y=y[own]: (model(x), y))
+    learner.state_dict()
+    return {"theta": model.weight.detach().clone(), "P": optimizer.covariance.marginal()}
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_consensus_is_exact_where_the_information_is_diagonal(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(consensus_worker, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    alone = linear(None, 1)
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"{rank}.pt").values():
+            close(found["theta"], alone["theta"])
+            close(found["P"], alone["P"])
+
+
+def test_consensus_refuses_what_it_cannot_merge() -> None:
+    for settings, every, message in (
+        ({"rank": 4}, 2, "merges diagonal covariances only"),
+        ({"rank": 0}, 0, "sync_every = 0"),
+        ({"rank": 0, "initial_covariance": "auto"}, 2, "does not go with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Consensus(LoKO(nn.Linear(2, 2), **settings), None, every)  # type: ignore[arg-type]
