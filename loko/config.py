@@ -75,6 +75,9 @@ class LokoConfig(_Strict):
         1024.0, gt=0, description="most memory for J; beyond it fewer outputs are observed"
     )
     forgetting: float = Field(1.0, gt=0, le=1, description="forgetting factor λ a step")
+    drift_adaptation: float = Field(
+        0.0, ge=0, le=1, description="share of the start that P goes back to when innovations are larger than usual"
+    )
     process_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="variance q added a step")
     sync_every: int | None = Field(
         None, ge=1, description="several workers: null is the exact update, k merges independent filters every k steps"

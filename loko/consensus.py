@@ -46,6 +46,8 @@ class Consensus:
             )
         if optimizer.settings.get("initial_covariance") == "auto":
             raise ValueError("sync_every does not go with initial_covariance = 'auto': each rank would set its own")
+        if optimizer.settings["drift_adaptation"] > 0:
+            raise ValueError("sync_every does not go with drift_adaptation > 0: each rank would see its own drift")
         self.optimizer = optimizer
         self._prior: Covariance
         self._ranks = Ranks(group)

@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, initial_variance
 from loko.distributed import Exact, Ranks
-from loko.filter import Innovation, Linearization, diagonal_blocks
+from loko.filter import Linearization, diagonal_blocks
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
@@ -41,6 +41,12 @@ AUTO_VARIANCE = 4.0
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
+_RECENT, _USUAL = 0.7, 0.99
+"""Decay of the running means of the innovation test, a step."""
+
+_SETTLED = 20
+"""Steps before the innovation test says anything: by then R has been estimated."""
+
 _STATE_KEYS = ("parameters", "covariance", "noise", "counters")
 _GROUP_SETTINGS = ("initial_covariance", "forgetting", "process_noise")
 
@@ -58,6 +64,24 @@ class _Counters:
     skipped_rows: int = 0
     skipped_in_a_row: int = 0
     jitters: int = 0
+    recent: float = 0.0
+    usual: float = 0.0
+
+    def innovated(self, consistency: float) -> None:
+        """Take one batch's eᵀS⁻¹e / N into both running means."""
+        self.recent += (1 - _RECENT) * (consistency - self.recent)
+        self.usual += (1 - _USUAL) * (consistency - self.usual)
+
+    @property
+    def consistency(self) -> float:
+        """The usual eᵀS⁻¹e / N: a mean over the last hundred steps or so."""
+        return self.usual / (1 - _USUAL**self.steps)
+
+    @property
+    def surprise(self) -> float:
+        """eᵀS⁻¹e / N of the last few steps over the usual."""
+        usual = self.consistency
+        return self.recent / (1 - _RECENT**self.steps) / usual if usual > 0 else 1.0
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -117,6 +141,9 @@ class LoKO(torch.optim.Optimizer):
             with ``max_outputs``; the choice is logged once. A fixed number, so that no run depends on its machine.
         linearization: ω in [0, 1]: 0 linearises at the prediction (tangent), ω > 0 on the way to the label (secant).
         forgetting: λ in (0, 1]; below one the covariance grows by 1/λ a step.
+        drift_adaptation: α in [0, 1]. Above 0, a step that follows innovations larger than usual starts from
+            ``(1 − a) P + a P₀`` with ``a = α · min(1, max(0, surprise − 1))``: P goes back towards the start, and never
+            beyond it. 0 leaves P alone.
         process_noise: q ≥ 0, added to every variance a step.
         observation: ``categorical``, ``bernoulli``, ``gaussian``, or an ``ObservationModel``.
         max_skipped: how many batches in a row may be skipped for not being finite before :class:`NonFiniteError`.
@@ -147,6 +174,7 @@ class LoKO(torch.optim.Optimizer):
         max_outputs: int | None = None,
         jacobian_megabytes: float = 1024.0,
         forgetting: float = 1.0,
+        drift_adaptation: float = 0.0,
         process_noise: float = 0.0,
         observation: str | ObservationModel = "categorical",
         max_skipped: int = 10,
@@ -162,6 +190,7 @@ class LoKO(torch.optim.Optimizer):
         _in_range("noise_excess", noise_excess, 0 <= noise_excess < math.inf, "finite and >= 0")
         _in_range("linearization", linearization, 0 <= linearization <= 1, "in [0, 1]")
         _in_range("output_tolerance", output_tolerance, 0 <= output_tolerance < 1, "in [0, 1)")
+        _in_range("drift_adaptation", drift_adaptation, 0 <= drift_adaptation <= 1, "in [0, 1]")
         _in_range("max_outputs", max_outputs, max_outputs is None or max_outputs >= 1, ">= 1, or None")
         _in_range("jacobian_megabytes", jacobian_megabytes, jacobian_megabytes > 0, "> 0")
         if isinstance(observation, str):
@@ -205,6 +234,7 @@ class LoKO(torch.optim.Optimizer):
             "output_tolerance": output_tolerance,
             "max_outputs": max_outputs,
             "jacobian_megabytes": jacobian_megabytes,
+            "drift_adaptation": drift_adaptation,
             "observation": observation,
             "max_skipped": max_skipped,
         }
@@ -221,7 +251,6 @@ class LoKO(torch.optim.Optimizer):
         self._contrast: Tensor | None = None
         self._counters = _Counters()
         self._memory_logged = False
-        self._last: Innovation | None = None
 
     def _apply_scales(self, scales: dict[str, float]) -> None:
         names = [g["name"] for g in self.param_groups]
@@ -384,7 +413,7 @@ class LoKO(torch.optim.Optimizer):
         for g in self.param_groups if scale is not None else ():
             g["initial_covariance"] *= scale
         self._noise_state = noise
-        self._last = innovation
+        self._counters.innovated(float(innovation.consistency) / observed.residual.numel())
         self._counters.jitters += innovation.jitters
         delta = self._world.gather_columns(delta)
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
@@ -419,11 +448,22 @@ class LoKO(torch.optim.Optimizer):
 
     def predicted(self, covariance: Covariance) -> Covariance:
         """A covariance one step later: forgetting and process noise of every group, no rows."""
+        share = self._drift_share()
+        if share > 0:
+            start = self._per_parameter("initial_covariance")
+            covariance = covariance.predict(1.0 / max(1.0 - share, 1e-6), share * start, self._world.reduce)
         if all(g["forgetting"] == 1.0 and g["process_noise"] == 0.0 for g in self.param_groups):
             return covariance
         return covariance.predict(
             self._per_parameter("forgetting"), self._per_parameter("process_noise"), self._world.reduce
         )
+
+    def _drift_share(self) -> float:
+        """How far P goes back towards its start before the next rows."""
+        if self._settings["drift_adaptation"] == 0 or self._counters.steps < _SETTLED:
+            return 0.0
+        share: float = self._settings["drift_adaptation"] * min(1.0, max(0.0, self._counters.surprise - 1.0))
+        return share
 
     def _per_parameter(self, key: str) -> Tensor | float:
         """A group setting as one number where all groups agree, else as this rank's slice of (n,)."""
@@ -481,7 +521,9 @@ class LoKO(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """State of the filter in numbers, for logs: traces of P and R, consistency, counters. A collective call.
 
-        ``consistency`` is eᵀS⁻¹e / N of the last batch: about one on average when the filter is consistent.
+        ``consistency`` is the running mean of the normalised innovation squared, eᵀS⁻¹e / N: about one when the filter
+        is consistent, below where R is estimated too large (``ema`` counts H P Hᵀ twice). ``surprise`` is that of the
+        last few steps over it: an alarm for drift.
         """
         marginal = self._covariance.marginal(self._world.reduce)
         result = {
@@ -494,11 +536,14 @@ class LoKO(torch.optim.Optimizer):
         }
         if self._noise_state is not None:
             noise = self._noise_state
-            if self._noise.on_outputs and self._contrast is not None:
-                noise = self._contrast.mT @ noise @ self._contrast  # of all outputs, whichever was dropped
+            if self._noise.on_outputs:
+                size = len(noise)
+                outputs = next(c for c in (size, size + 1) if len(self._observation.kept(c)) == size)
+                contrast = self._observation.contrast(outputs).to(noise)
+                noise = contrast.mT @ noise @ contrast  # of all outputs, whichever was dropped
             result["trace_r"] = float(noise.trace())
-        if self._last is not None:
-            result["consistency"] = float(self._last.consistency / self._last.weights.numel())
+        if self._counters.steps > 0:
+            result |= {"consistency": self._counters.consistency, "surprise": self._counters.surprise}
         return result
 
     def _initial_covariances(self) -> dict[str, float]:
@@ -566,7 +611,6 @@ class LoKO(torch.optim.Optimizer):
         )
         self._noise_state = None if noise is None else noise.to(some.device, copy=True)
         self._counters = _Counters(**loaded["counters"])
-        self._last = None
 
     def _layout(self) -> list[str]:
         return [f"{name}{list(p.shape)}" for name, p in zip(self._engine.names, self._engine.parameters, strict=True)]
