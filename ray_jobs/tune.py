@@ -209,7 +209,7 @@ def _collect(config: SearchConfig, folder: Path, grids: dict[str, tune.ResultGri
     frames = []
     best: tuple[float, str, tune.Result] | None = None
     for candidate, grid in grids.items():
-        for result in grid:
+        for result in sorted(grid, key=lambda one: one.path):  # Tune's own order changes when a search goes on
             frame = result.metrics_dataframe
             if frame is None or result.metrics is None:
                 continue

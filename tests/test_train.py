@@ -33,8 +33,9 @@ def alone(path: Path) -> tuple[online.Run, online.Report]:
     return run, last
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["loko", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("workers", "name"), [(1, "loko"), *(pytest.param(2, name, marks=pytest.mark.slow) for name in ("loko", "adamw"))]
+)
 def test_a_run_gives_the_figures_of_the_loop(tmp_path: Path, workers: int, name: str) -> None:
     path = written(tmp_path, optimizer={"name": name})
     done = jobs.run("ray_jobs.train", path, f"workers={workers}", "cpus_per_worker=0.5", "--results", tmp_path / "runs")

@@ -141,6 +141,22 @@ def test_bad_rows_are_found_before_any_trial(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("workers", "tolerance"), [(1, 1e-6), (2, 1e-5)])
+def test_the_winner_runs_again_as_it_is(
+    searched: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, workers: int, tolerance: float
+) -> None:
+    results = searched[0] / "results"
+    rungs = pd.read_parquet(results / "results.parquet")
+    best = rungs[rungs.finished].sort_values("nll").iloc[0]
+    given = [f"workers={workers}", "cpus_per_worker=0.5"] if workers > 1 else []
+    done = jobs.run("ray_jobs.train", results / "best.yaml", *given, "--results", tmp_path, "--name", "again")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert report["nll"] == pytest.approx(best.nll, abs=tolerance)
+    assert report["rows_digest"] == best.rows_digest
+
+
+@pytest.mark.slow
 def test_the_same_command_again_changes_nothing(searched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = searched
     before = pd.read_parquet(folder / "results" / "results.parquet")
