@@ -41,6 +41,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e9ecef",
     "axes.edgecolor": "#adb5bd",
     "axes.titlesize": 11,
@@ -124,7 +125,7 @@ def write(folder: Path, console: Console | None = None) -> None:
     html = page.render(
         name=results.config.name,
         headline=_headline(results, rows),
-        columns=list(rows[0]),
+        columns=_columns(rows, tuple(rows[0])),
         rows=rows,
         plots=plots,
         config=results.best,
@@ -339,10 +340,15 @@ _ABOUT = {
 _PRINTED = ("candidate", "trials", "stopped early", "failed", "nll", "accuracy", "mse", "heldout nll", "ms a row")
 
 
+def _columns(rows: list[dict[str, str]], wanted: tuple[str, ...]) -> list[str]:
+    """Those that are there and say something; settings stand below the table."""
+    hidden = {"best settings"} | ({"failed"} if all(row["failed"] == "0" for row in rows) else set())
+    return [column for column in wanted if column in rows[0] and column not in hidden]
+
+
 def _print(results: _Results, rows: list[dict[str, str]], folder: Path, console: Console) -> None:
     table = Table(title=f"Search {results.config.name}", title_justify="left", show_edge=False)
-    hidden = {"failed"} if all(row["failed"] == "0" for row in rows) else set()
-    columns = [column for column in _PRINTED if column in rows[0] and column not in hidden]
+    columns = _columns(rows, _PRINTED)
     for column in columns:
         table.add_column(column, justify="left" if column == "candidate" else "right", no_wrap=column == "candidate")
     for row in rows:
