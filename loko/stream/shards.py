@@ -101,7 +101,7 @@ def open_shard(path: Path, recorded: ShardRecord | None = None) -> Shard:
                 schema = file.schema_arrow
         else:
             rows, schema = _ipc_groups(path)
-            sizes = [size // len(rows)] * len(rows)
+            sizes = [size // max(1, len(rows))] * len(rows)
     except (pa.ArrowException, OSError) as error:
         raise StreamError(f"{path}: cannot be opened, its footer is damaged or it is not {kind} ({error})") from error
     for field in schema:
