@@ -320,7 +320,7 @@ class LoKO(torch.optim.Optimizer):
         return seen
 
     @torch.no_grad()
-    def predict(self, closure: Callable[[], Tensor]) -> Prediction:
+    def predict(self, closure: Callable[[], Tensor], *, calibrated: bool = True) -> Prediction:
         """Predict rows with the uncertainty that P gives their outputs; nothing is learned. A collective call.
 
         Costs what a step does: one backward pass for each observed output (C − 1 of C classes, whatever
@@ -328,6 +328,10 @@ class LoKO(torch.optim.Optimizer):
 
         Args:
             closure: runs the model and returns its outputs (B, C), such as ``lambda: model(**inputs).logits``.
+            calibrated: scale what P says by the innovations seen: where they are c times what S says, c the running
+                mean of eᵀS⁻¹e / N, the covariance that agrees with them is c times as large (the a posteriori variance
+                factor of adjustment theory). ``ema`` noise keeps c below one, on MNIST below 0.03. False takes P as
+                it is, which is exact for a linear model whose noise is known.
 
         Raises:
             RuntimeError: ``initial_covariance="auto"`` and no step yet: P has no scale before the first batch.
@@ -348,7 +352,9 @@ class LoKO(torch.optim.Optimizer):
         lift = torch.linalg.pinv(contrast)  # from observed combinations back to the outputs, centred where they are
         covariance = lift @ diagonal_blocks(spread, len(contrast))[own] @ lift.mT
         noise = self._noise_state if self._noise.on_outputs else None
-        return Prediction(seen, covariance, *self._observation.expect(seen, covariance, noise))
+        factor = self._counters.consistency if calibrated and self._counters.steps > 0 else 1.0
+        expected = self._observation.expect(seen, factor * covariance, None if noise is None else factor * noise)
+        return Prediction(seen, covariance, factor, *expected)
 
     def _linearize(self, outputs: Tensor, labels: Tensor) -> tuple[Linearization, Tensor]:
         """The linearisation of the global batch, and the directions of the outputs that J needs rows for."""

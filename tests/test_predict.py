@@ -71,10 +71,31 @@ def test_nothing_is_learned(covariance: dict[str, Any]) -> None:
 def test_gaussian_labels_are_exact() -> None:
     optimizer, model = trained("gaussian", 2)
     x = rows("gaussian", 2, 4, seed=3)[0]
-    prediction = optimizer.predict(lambda: model(x))
     noise = optimizer.state_dict()["filter"]["noise"]
-    close(prediction.mean, model(x).detach())
-    close(prediction.label_covariance, dense(optimizer, model, x) + noise, 1e-6)
+    for calibrated, factor in ((False, 1.0), (True, optimizer.diagnostics()["consistency"])):
+        prediction = optimizer.predict(lambda: model(x), calibrated=calibrated)
+        assert prediction.factor == factor
+        close(prediction.mean, model(x).detach())
+        close(prediction.label_covariance, factor * (dense(optimizer, model, x) + noise), 1e-6)
+
+
+def test_the_factor_finds_the_scale_of_the_noise() -> None:
+    """P and R a hundred times too large or small: the innovations tell, and the predicted variance is right again."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 2, 3, generator=g, dtype=torch.float64)
+    y = x @ torch.randn(3, 1, generator=g, dtype=torch.float64) + torch.randn(400, 2, 1, generator=g).double()
+    found = []
+    for wrong in (0.01, 1.0, 100.0):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1, bias=False).double()
+        optimizer = LoKO(
+            model, observation="gaussian", noise="fixed", initial_noise=wrong, initial_covariance=wrong, rank=6
+        )
+        for rows_of_x, rows_of_y in zip(x, y, strict=True):
+            optimizer.step(lambda a=rows_of_x, b=rows_of_y, m=model: (m(a), b))
+        found.append(optimizer.predict(lambda m=model: m(x[0])).label_covariance.mean())
+    close(torch.stack(found), torch.full((3,), float(found[1])).double(), 1e-5)
+    assert float(found[1]) == pytest.approx(1.0, abs=0.25)
 
 
 def test_bayesian_linear_regression() -> None:
@@ -86,7 +107,7 @@ def test_bayesian_linear_regression() -> None:
     optimizer = LoKO(model, observation="gaussian", noise="fixed", initial_noise=r0, rank=20, initial_covariance=p0)
     optimizer.step(lambda: (model(x), y))
     posterior = torch.linalg.inv(torch.eye(3).double() / p0 + x.mT @ x / r0)
-    prediction = optimizer.predict(lambda: model(x[:4]))
+    prediction = optimizer.predict(lambda: model(x[:4]), calibrated=False)
     close(prediction.mean, x[:4] @ posterior @ x.mT @ y / r0, 1e-5)
     variance = (x[:4] @ posterior * x[:4]).sum(1) + r0
     close(prediction.label_covariance[:, 0, 0], variance, 1e-5)
