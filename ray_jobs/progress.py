@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ray_jobs.settings import SearchConfig
+from ray_jobs.settings import SearchConfig, in_one_line
 
 __all__ = ["Progress"]
 
@@ -98,7 +98,8 @@ class Progress:
             rows = int(result.get("rows", 0))
             note = "" if whole or failed else f" (stopped at row {rows})"
             self._console.print(
-                f"[{self._clock()}] {candidate} {state.finished}/{self._trials}: {what}{note}  {_short(values)}",
+                f"[{self._clock()}] {candidate} {state.finished}/{self._trials}: {what}{note}  "
+                f"{in_one_line(values, 3)}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -107,7 +108,7 @@ class Progress:
     def _note_best(self, state: _Candidate, result: dict[str, Any], values: dict[str, Any]) -> None:
         score = float(result[self._metric])
         if state.best is None or score < state.best:
-            state.best, state.best_accuracy, state.best_values = score, result.get("accuracy"), _short(values)
+            state.best, state.best_accuracy, state.best_values = score, result.get("accuracy"), in_one_line(values, 3)
 
     def _clock(self) -> str:
         seconds = int(time.monotonic() - self._started)
@@ -133,11 +134,3 @@ class Progress:
 
 
 _active: Progress | None = None
-
-
-def _short(values: dict[str, Any]) -> str:
-    """Searched values in one line, without the section they all share."""
-    return ", ".join(
-        f"{key.removeprefix('optimizer.')} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in values.items()
-    )

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from loko.config import ConfigError, validate
 from ray_jobs.cli import fail, make_app
-from ray_jobs.settings import Range, SearchConfig
+from ray_jobs.settings import Range, SearchConfig, in_one_line
 
 __all__ = ["write"]
 
@@ -165,7 +165,7 @@ def _summary(results: _Results, candidate: str) -> dict[str, str]:
     shown = ("nll", quality, "window_nll", f"window_{quality}", "heldout_nll", f"heldout_{quality}", "heldout_ece")
     row |= {key.replace("_", " "): _number(last.get(key)) for key in shown if key in results.rungs}
     row["ms a row"] = _number(1e3 * last["learn_seconds"] / last["rows"], 1) if last else ""
-    row["best settings"] = _settings(json.loads(last["params"])) if last else "no trial came to the end"
+    row["best settings"] = in_one_line(json.loads(last["params"]), 4) if last else "no trial came to the end"
     return row
 
 
@@ -362,13 +362,6 @@ def _print(results: _Results, rows: list[dict[str, str]], folder: Path, console:
 
 def _number(value: Any, digits: int = 4) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _settings(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key.removeprefix('optimizer.')} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in values.items()
-    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,17 @@ from yaml import YAMLError
 
 from loko.config import ConfigError, ExperimentConfig, validate
 
-__all__ = ["AshaConfig", "Candidate", "Range", "SearchConfig", "SearchSettings", "describe", "read", "with_values"]
+__all__ = [
+    "AshaConfig",
+    "Candidate",
+    "Range",
+    "SearchConfig",
+    "SearchSettings",
+    "describe",
+    "in_one_line",
+    "read",
+    "with_values",
+]
 
 
 class _Strict(BaseModel):
@@ -144,6 +154,14 @@ def with_values(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"{dotted}: {parent} is {place!r} and has no keys below it")
         place[last] = value
     return result
+
+
+def in_one_line(values: dict[str, Any], digits: int) -> str:
+    """Searched values for a person, without the section they all share."""
+    return ", ".join(
+        f"{key.removeprefix('optimizer.')} {value:.{digits}g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )
 
 
 Config = TypeVar("Config", bound=BaseModel)
