@@ -50,15 +50,18 @@ class Consensus:
             raise ValueError("sync_every does not go with drift_adaptation > 0: each rank would see its own drift")
         self.optimizer = optimizer
         self._prior: Covariance
-        self._ranks = Ranks(group)
+        self._ranks = Ranks(group, optimizer.parameters[0].device)
         self._every = every
+        self._taken = 0
         self._begin()
 
     def step(self, closure: Closure) -> Tensor:
         """``LoKO.step`` on this rank's rows, of which there may be none; then a merge, if it is time."""
-        outputs = self.optimizer.step(closure)
+        with self._ranks.together():
+            outputs = self.optimizer.step(closure)
         self._prior = self.optimizer.predicted(self._prior)
         self._steps += 1
+        self._taken += 1
         if self._steps == self._every:
             self.synchronize()
         return outputs
@@ -83,7 +86,8 @@ class Consensus:
 
     def diagnostics(self) -> dict[str, float]:
         """This rank's, with what all merges sent."""
-        return {**self.optimizer.diagnostics(), "bytes_sent": float(self._ranks.bytes_sent)}
+        own = self.optimizer.diagnostics()
+        return {**own, **self._ranks.traffic(self._taken)}
 
     def state_dict(self) -> dict[str, Any]:
         """Merge, then the state of the one filter there is; a collective call."""

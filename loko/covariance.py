@@ -10,7 +10,8 @@ A covariance is an immutable value on the flat vector of trainable parameters (o
 and nothing is written in place, so a step that turns out not to be finite is dropped by not keeping its result.
 
 ``reduce`` makes every kind work on a slice: whatever is a sum over parameters passes through it, and a distributed
-filter hands in an all-reduce.
+filter hands in an all-reduce. Whatever is a choice that rounding could make otherwise on another machine passes through
+``same``, and a distributed filter hands in a broadcast.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Covariance(Protocol):
     def predict(
         self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = _alone
     ) -> Covariance: ...
-    def project(self, jacobian: Tensor, reduce: Reduce = _alone) -> Projection: ...
+    def project(self, jacobian: Tensor, reduce: Reduce = _alone, same: Reduce = _alone) -> Projection: ...
     def marginal(self, reduce: Reduce = _alone) -> Tensor: ...
     def state(self) -> dict[str, Tensor]: ...
     def at_floor(self) -> Tensor: ...
@@ -83,7 +84,7 @@ class Diagonal:
         """``p ← p / λ + q``; λ in (0, 1] and q ≥ 0 are scalars or (n,)."""
         return Diagonal((self.variance / forgetting + process_noise).clamp_max_(CEILING))
 
-    def project(self, jacobian: Tensor, reduce: Reduce = _alone) -> DiagonalProjection:
+    def project(self, jacobian: Tensor, reduce: Reduce = _alone, same: Reduce = _alone) -> DiagonalProjection:
         """Look at this covariance through J, (N, n)."""
         return DiagonalProjection(self, jacobian, reduce((jacobian * self.variance) @ jacobian.mT).double())
 
@@ -163,7 +164,7 @@ class LowRank:
             precision = precision / scale
         return LowRank(precision.clamp_min(1.0 / CEILING), factor)
 
-    def project(self, jacobian: Tensor, reduce: Reduce = _alone) -> LowRankProjection:
+    def project(self, jacobian: Tensor, reduce: Reduce = _alone, same: Reduce = _alone) -> LowRankProjection:
         """Look at this covariance through J, (N, n), by a square root of it.
 
         With everything scaled by U^(-½), ``W̃ = W U^(-½)`` and ``J̃ = J U^(-½)``, the covariance is ``M²`` for
@@ -176,7 +177,8 @@ class LowRank:
         cross = reduce(rows @ factor.mT).double()
         rows.addmm_((cross @ shrink).to(rows.dtype), factor, alpha=-1.0)
         outputs = reduce(rows @ rows.mT).double()
-        return LowRankProjection(self, scale, factor, rows, gram, cross, shrink, (outputs + outputs.mT) / 2, reduce)
+        outputs = (outputs + outputs.mT) / 2
+        return LowRankProjection(self, scale, factor, rows, gram, cross, shrink, outputs, reduce, same)
 
     def _whitened(self, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U^(-½), W̃, W̃ W̃ᵀ and T."""
@@ -229,6 +231,7 @@ class LowRankProjection:
     shrink: Tensor
     outputs: Tensor
     reduce: Reduce = field(repr=False)
+    same: Reduce = field(repr=False)
 
     def mean_step(self, weights: Tensor) -> Tensor:
         """``P Jᵀ w = U^(-½) M (J̃ M)ᵀ w``, (n,)."""
@@ -256,6 +259,7 @@ class LowRankProjection:
         if not bool(torch.isfinite(gram).all()):
             return LowRank(torch.full_like(self.covariance.precision, torch.nan), self.covariance.factor)
         _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)  # ascending
+        vectors = self.same(vectors)  # each slice of a direction with the same sign
         mixing = torch.eye(rank + count, dtype=gram.dtype, device=gram.device)  # [W̃; G J̃] = mixing [W̃; rows]
         mixing[rank:, :rank] = times_blocks(root, mix)
         mixing[rank:, rank:] = times_blocks(root, mixing[rank:, rank:])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loko.config import ExperimentConfig, GradientConfig, LokoConfig
 from loko.consensus import Consensus
+from loko.distributed import Ranks
 from loko.optimizer import LoKO, parameter_groups
 from loko.tasks import Batch, Task
 
@@ -68,6 +69,7 @@ class GradientLearner:
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None) -> None:
         self._task = task
         self._group = group
+        self._ranks = Ranks(group, next(task.model.parameters()).device)
         # LoRA-FA's groups hold frozen parameters too.
         self._parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
         self._skipped = 0
@@ -76,10 +78,11 @@ class GradientLearner:
     def learn(self, batch: Batch) -> Tensor:
         """The outputs before the update, (B, C). A batch with a non-finite gradient is skipped, and counted."""
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = self._task.logits(batch)
-        if len(batch):
-            losses = _LOSSES[self._task.observation](outputs, batch.labels)
-            losses.sum().backward()
+        with self._ranks.together():
+            outputs = self._task.logits(batch)
+            if len(batch):
+                losses = _LOSSES[self._task.observation](outputs, batch.labels)
+                losses.sum().backward()
         rows = self._average_gradients(len(batch))
         finite = all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
         if finite:

@@ -125,7 +125,7 @@ def start(
             window=config.window,
             near_future=max(1, config.near_future * config.batch_size),
         ),
-        ranks=Ranks(group),
+        ranks=Ranks(group, device),
         device=device,
     )
 
@@ -143,13 +143,17 @@ def advance(run: Run) -> Iterator[Report]:
         run.config.batch_size, cursor=run.cursor, rank=run.ranks.rank, world_size=run.ranks.world_size
     )
     with closing(batches):  # type: ignore[type-var]
-        for rows in batches:
-            batch = run.task.collate(rows).to(run.device)
+        while run.cursor < total:
+            with run.ranks.together() as share:
+                rows = next(batches)
+                batch = run.task.collate(rows).to(run.device)
+                share.rows = len(batch)
             before = time.perf_counter()
             outputs = run.learner.learn(batch)
             run.seconds += time.perf_counter() - before
-            run.metrics.update(run.ranks.gather_rows(outputs), run.ranks.gather_rows(batch.labels))
-            ids = run.ranks.gather_rows(torch.from_numpy(np.array(rows.row_ids)).to(run.device))
+            outputs, labels = (run.ranks.gather_rows(own, share.counts) for own in (outputs, batch.labels))
+            run.metrics.update(outputs, labels)
+            ids = run.ranks.gather_rows(torch.from_numpy(np.array(rows.row_ids)).to(run.device), share.counts)
             run.digest = zlib.crc32(ids.cpu().numpy().tobytes(), run.digest)
             run.cursor = rows.stop
             if run.cursor % every == 0 or run.cursor == total:
@@ -190,13 +194,17 @@ def _predict(run: Run, stream: ArrowStream, first: int, stop: int) -> tuple[Tens
     outputs, labels = [], []
     batches = stream.batches(_SCORING_BATCH, cursor=first, rank=run.ranks.rank, world_size=run.ranks.world_size)
     with closing(batches):  # type: ignore[type-var]
-        for rows in batches:
-            batch = run.task.collate(rows).to(run.device)
+        reached = first
+        while reached < stop:
+            with run.ranks.together() as share:
+                rows = next(batches)
+                batch = run.task.collate(rows).to(run.device)
+                predicted = run.task.logits(batch)
+                share.rows = len(batch)
             keep = max(0, stop - rows.start)
-            outputs.append(run.ranks.gather_rows(run.task.logits(batch))[:keep])
-            labels.append(run.ranks.gather_rows(batch.labels)[:keep])
-            if rows.stop >= stop:
-                break
+            outputs.append(run.ranks.gather_rows(predicted, share.counts)[:keep])
+            labels.append(run.ranks.gather_rows(batch.labels, share.counts)[:keep])
+            reached = rows.stop
     return torch.cat(outputs), torch.cat(labels)
 
 

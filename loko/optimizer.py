@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, initial_variance
 from loko.distributed import Exact, Ranks
-from loko.filter import Linearization, diagonal_blocks
+from loko.filter import Innovation, Linearization, diagonal_blocks
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
@@ -243,8 +243,8 @@ class LoKO(torch.optim.Optimizer):
         self._engine = JacobianEngine(model, _named(model, self._params))
         self._observation = OBSERVATIONS[observation]() if isinstance(observation, str) else observation
         self._noise = _build_noise(noise, noise_decay, noise_excess)
-        self._world = Exact(self._engine.size, group)
         device = self._params[0].device
+        self._world = Exact(self._engine.size, group, device)
         variance = self._initial_variance(seed).to(device, self._engine.dtype)
         self._covariance: Covariance = COVARIANCES[covariance].start(variance[self._world.own].clone(), rank)
         self._noise_state: Tensor | None = None
@@ -294,21 +294,28 @@ class LoKO(torch.optim.Optimizer):
             JacobianError: see ``loko.jacobian``.
             NonFiniteError: ``max_skipped`` batches in a row were not finite. θ, P and R are as they were.
         """
-        with self._engine.record():
-            outputs, labels = closure()
-        if outputs.dim() != 2:
-            raise ValueError(f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}")
-        seen = outputs.detach()
-        self._observation.check(seen, labels)
-        self._prepare(seen)
-        all_outputs = self._world.gather_rows(seen)
-        all_labels = self._world.gather_rows(labels)
+        with self._world.together() as share:
+            with self._engine.record():
+                outputs, labels = closure()
+            if outputs.dim() != 2:
+                raise ValueError(
+                    f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}"
+                )
+            seen = outputs.detach()
+            self._observation.check(seen, labels)
+            self._prepare(seen)
+            share.rows = len(seen)
+        all_outputs = self._world.gather_rows(seen, share.counts)
+        all_labels = self._world.gather_rows(labels, share.counts)
         if len(all_outputs) == 0:
             return seen
         observed, directions = self._linearize(all_outputs, all_labels)
-        own = directions if directions.dim() == 2 else directions[self._world.own_rows(len(seen), seen.device)]
-        jacobian = self._world.exchange(self._engine.jacobian(outputs, own))
-        del outputs  # and with it the recorded forward
+        with self._world.together() as jacobians:
+            own = directions if directions.dim() == 2 else directions[self._world.own_rows(share.counts)]
+            own_jacobian = self._engine.jacobian(outputs, own)
+            jacobians.rows = len(own_jacobian)
+        jacobian = self._world.exchange(own_jacobian, jacobians.counts)
+        del outputs, own_jacobian  # and with them the recorded forward
         if not self._learn(jacobian, observed, directions):
             self._skip(len(all_outputs))
             return seen
@@ -339,16 +346,21 @@ class LoKO(torch.optim.Optimizer):
         """
         if self._counters.steps == 0 and self._settings.get("initial_covariance") == "auto":
             raise RuntimeError("initial_covariance = 'auto' takes its scale from the first batch; make a step first")
-        with self._engine.record():
-            outputs = closure()
-        if outputs.dim() != 2:
-            raise ValueError(f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}")
-        seen = outputs.detach()
-        contrast = self._observation.contrast(seen.shape[1]).to(seen.device)
-        jacobian = self._world.exchange(self._engine.jacobian(outputs, contrast))
-        del outputs
+        with self._world.together() as share:
+            with self._engine.record():
+                outputs = closure()
+            if outputs.dim() != 2:
+                raise ValueError(
+                    f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}"
+                )
+            seen = outputs.detach()
+            contrast = self._observation.contrast(seen.shape[1]).to(seen.device)
+            own_jacobian = self._engine.jacobian(outputs, contrast)
+            share.rows = len(seen)
+        jacobian = self._world.exchange(own_jacobian, [rows * len(contrast) for rows in share.counts])
+        del outputs, own_jacobian
         spread = self._covariance.project(jacobian, self._world.reduce).outputs
-        own = self._world.own_rows(len(seen), seen.device)
+        own = self._world.own_rows(share.counts)
         lift = torch.linalg.pinv(contrast)  # from observed combinations back to the outputs, centred where they are
         covariance = lift @ diagonal_blocks(spread, len(contrast))[own] @ lift.mT
         noise = self._noise_state if self._noise.on_outputs else None
@@ -366,7 +378,12 @@ class LoKO(torch.optim.Optimizer):
         if tolerance == 0 and limit >= len(self._contrast):
             return linearize(self._observation, outputs, labels, weight), self._contrast
         noise = self._noise_state if self._noise.on_outputs else None
-        return narrow(self._observation, outputs, labels, weight, tolerance=tolerance, limit=limit, noise=noise)
+        observed, directions = narrow(
+            self._observation, outputs, labels, weight, tolerance=tolerance, limit=limit, noise=noise
+        )
+        # What is left out, and the basis of what is not, are choices.
+        residual, link, directions = self._world.same_of([observed.residual, observed.link, directions], resize=True)
+        return Linearization(residual, link), directions
 
     def _output_limit(self, limit: int | None, outputs: Tensor) -> int:
         """Most outputs that the settings and the memory for J allow."""
@@ -405,8 +422,8 @@ class LoKO(torch.optim.Optimizer):
         scale = self._start_scale(jacobian, directions)
         start = self._covariance if scale is None else self._covariance.predict(1.0 / scale, 0.0)
         predicted = self.predicted(start)
-        prior = predicted.project(jacobian, self._world.reduce)
-        innovation, noise = self._noise.innovate(self._noise_state, prior.outputs, observed)
+        prior = predicted.project(jacobian, self._world.reduce, self._world.same)
+        innovation, noise = self._innovate(self._noise_state, prior.outputs, observed)
         delta = prior.mean_step(innovation.weights)
         # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
         if not bool(torch.isfinite(innovation.weights).all()):
@@ -425,6 +442,15 @@ class LoKO(torch.optim.Optimizer):
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
         torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
         return True
+
+    def _innovate(self, state: Tensor, prior: Tensor, observed: Linearization) -> tuple[Innovation, Tensor]:
+        """The innovation and the next noise, the same to the last bit on every rank: what follows branches on them."""
+        found, noise = self._noise.innovate(state, prior, observed)
+        jitters = found.consistency.new_tensor(found.jitters)
+        weights, root, consistency, jitters, noise = self._world.same_of(
+            [found.weights, found.root, found.consistency, jitters, noise]
+        )
+        return Innovation(weights, root, consistency, int(jitters)), noise
 
     def _start_scale(self, jacobian: Tensor, directions: Tensor) -> float | None:
         """What the first rows ask the covariance to be multiplied by; None but on the first step with ``auto``.
@@ -507,8 +533,11 @@ class LoKO(torch.optim.Optimizer):
     def _relearn_noise(self, closure: Closure, jacobian: Tensor, before: Linearization) -> None:
         assert isinstance(self._noise, EmaResidual)
         assert self._noise_state is not None
-        outputs, labels = closure()
-        after = linearize(self._observation, self._world.gather_rows(outputs), self._world.gather_rows(labels), 0.0)
+        with self._world.together() as share:
+            outputs, labels = closure()
+            share.rows = len(outputs)
+        outputs, labels = (self._world.gather_rows(rows, share.counts) for rows in (outputs, labels))
+        after = linearize(self._observation, outputs, labels, 0.0)
         posterior = self._covariance.project(jacobian, self._world.reduce).outputs
         state = self._noise.relearn(self._noise_state, posterior, Linearization(after.residual, before.link))
         if bool(torch.isfinite(state).all()):
@@ -538,7 +567,7 @@ class LoKO(torch.optim.Optimizer):
             "floored": float(self._world.reduce(self._covariance.at_floor().double())),
             "skipped_rows": float(self._counters.skipped_rows),
             "jitters": float(self._counters.jitters),
-            "bytes_sent": float(self._world.bytes_sent),
+            **self._world.traffic(self._counters.steps),
         }
         if self._noise_state is not None:
             noise = self._noise_state

@@ -76,6 +76,62 @@ def few_parameters(rank: int, group: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+UNLIKE: list[dict[str, Any]] = [
+    {"rank": 2, "noise": "ema", "process_noise": 1e-3},  # cuts: which directions and with which sign matters
+    {"rank": 2, "output_tolerance": 0.3},
+]
+
+
+def unlike(rank: int, group: Any, settings: dict[str, Any]) -> Tensor:
+    """The same filter where each machine's LAPACK chooses other signs, as it is free to."""
+    eigh, qr = torch.linalg.eigh, torch.linalg.qr
+
+    def other_eigh(matrix: Tensor) -> Any:
+        values, vectors = eigh(matrix)
+        return values, vectors * (-1.0) ** (rank * torch.arange(vectors.shape[-1]))
+
+    def other_qr(matrix: Tensor) -> Any:
+        found = qr(matrix)
+        return type(found)((found.Q * (-1.0) ** rank, found.R * (-1.0) ** rank))
+
+    torch.linalg.eigh, torch.linalg.qr = other_eigh, other_qr
+    try:
+        model = Tiny(3)
+        optimizer = LoKO(model, group=group, **settings)
+        for start in range(0, 24, 6):
+            own = slice(start + 3 * rank, start + 3 * rank + 3) if group is not None else slice(start, start + 6)
+            optimizer.step(lambda own=own: (model(X[own]), Y[own]))
+        state = optimizer.state_dict()["filter"]["covariance"]
+        precision = state["precision"].diag() + state["factor"].mT @ state["factor"]
+        return torch.cat([torch.cat([p.detach().flatten() for p in model.parameters()]), precision.flatten()])
+    finally:
+        torch.linalg.eigh, torch.linalg.qr = eigh, qr
+
+
+def failing(rank: int, group: Any, where: str) -> str:
+    """What each rank says when rank 1 alone has rows that cannot be learned."""
+    model = Tiny(3)
+    optimizer = LoKO(model, group=group)
+    labels = torch.tensor([0, 99 if rank == 1 and where == "labels" else 0])
+    if where == "jacobian" and rank == 1:
+        optimizer._engine.jacobian = None  # type: ignore[assignment]
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        if where == "consensus":
+            merged = Consensus(LoKO(model, covariance="diagonal"), group, 1)
+            merged.step(lambda: (model(X[: 2 if rank == 0 else 3]), labels))
+        else:
+            optimizer.step(lambda: (model(X[:2]), labels))
+    except Exception as error:
+        if where != "consensus":  # whose ranks learn each for itself
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        return f"{type(error).__name__}: {error}"
+    return "learned"
+
+
+FAILURES = ("labels", "jacobian", "consensus")
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -84,6 +140,8 @@ def worker(rank: int, folder: str) -> None:
     results = {3: [run(rank, 3, dist.group.WORLD, case) for case in CASES]}
     if rank < 2:
         results[2] = [run(rank, 2, pair, case) for case in CASES]
+        results["unlike"] = [unlike(rank, pair, case) for case in UNLIKE]
+        results["failing"] = {where: failing(rank, pair, where) for where in FAILURES}
     results["few"] = few_parameters(rank, dist.group.WORLD)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -122,6 +180,14 @@ def test_two_and_three_workers_are_one(tmp_path: Path) -> None:
             single.load_state_dict(state)
             covariances.append(covariance_of(single))
         close(*covariances)
+    for index, case in enumerate(UNLIKE):
+        whole = unlike(0, None, case)
+        for rank in range(2):
+            close(ranks[rank]["unlike"][index], whole)
+    for where, kind in zip(FAILURES, ("ValueError", "TypeError", "ValueError"), strict=True):
+        own, heard = ranks[1]["failing"][where], ranks[0]["failing"][where]
+        assert own.startswith(kind)
+        assert heard == f"PeerError: rank 1 of 2 failed, and with it all: {own}"
     want = few_parameters(0, None)
     for results in ranks:
         close(results["few"], want)
@@ -139,9 +205,13 @@ def test_slices_cover_everything_once(size: int, world_size: int) -> None:
 def test_one_worker_communicates_nothing() -> None:
     alone, rows = Exact(4, None), torch.randn(2, 4)
     assert alone.own == slice(0, 4)
-    assert all(same is rows for same in (alone.gather_rows(rows), alone.exchange(rows), alone.reduce(rows)))
+    assert all(same is rows for same in (alone.gather_rows(rows, [2]), alone.exchange(rows, [2]), alone.reduce(rows)))
     assert alone.gather_columns(rows) is rows
-    assert alone.bytes_sent == 0
+    assert alone.same(rows) is rows
+    with alone.together() as share:
+        share.rows = 2
+    assert share.counts == [2]
+    assert (alone.bytes_sent, alone.collectives) == (0, 0)
 
 
 def consensus_worker(rank: int, folder: str) -> None:
