@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -208,6 +208,27 @@ class JacobianEngine:
             self._proven = max(self._proven, rows)
         return jacobian.view(batch * observed, self.size)
 
+    def proven(self, rows: int) -> bool:
+        """Whether the routes have been proven on a batch like one of so many rows."""
+        return self._proven >= min(rows, 2)
+
+    def from_deltas(self, deltas: Iterable[tuple[nn.Module, Tensor, Tensor]], batch: int, observed: int) -> Tensor:
+        """J as ``jacobian`` gives it, from backward passes that were made elsewhere, together with other models'.
+
+        Args:
+            deltas: a map of this model, its input (B, …) and its δ (m, B, …), for every call of every map.
+            batch: B.
+            observed: m.
+
+        Raises:
+            JacobianError: a parameter on the exact route, which needs passes of its own.
+        """
+        if self._exact:
+            raise JacobianError(f"{self.exact_names[0]} takes the exact route, and has no δ that others could share")
+        jacobian = self._memory(batch, observed, self.parameters[0].device)
+        self._contract(deltas, jacobian)
+        return jacobian.view(batch * observed, self.size)
+
     def _memory(self, batch: int, observed: int, device: torch.device) -> Tensor:
         """(B, m, n) in one buffer that steps share: J is by far the largest thing a step would allocate."""
         count = batch * observed * self.size
@@ -256,16 +277,19 @@ class JacobianEngine:
             for kept, grad in zip(deltas, grads, strict=True):
                 if grad is not None:
                     kept.append(grad)
+        reached = ((call, kept) for call, kept in zip(calls, deltas, strict=True) if len(kept) == seeds.shape[1])
+        self._contract(((call.module, call.input, torch.stack(kept)) for call, kept in reached), jacobian)
+
+    def _contract(self, deltas: Iterable[tuple[nn.Module, Tensor, Tensor]], jacobian: Tensor) -> None:
+        """Write into J (B, m, n) what inputs (B, …) and δ (m, B, …) of maps give; other columns of this route are 0."""
         written = set(self._exact)
-        for call, kept in zip(calls, deltas, strict=True):
-            if len(kept) < seeds.shape[1]:
-                continue
-            delta = torch.stack(kept).to(jacobian.dtype)
-            inputs = call.input.to(jacobian.dtype) if call.input.is_floating_point() else call.input
-            contraction = _contraction(call.module)
+        for module, given, delta in deltas:
+            inputs = given.to(jacobian.dtype) if given.is_floating_point() else given
+            contraction = _contraction(module)
             assert contraction is not None
-            for name, part in zip(("weight", "bias"), contraction(call.module, inputs, delta), strict=True):
-                key = id(getattr(call.module, name, None))
+            parts = contraction(module, inputs, delta.to(jacobian.dtype))
+            for name, part in zip(("weight", "bias"), parts, strict=True):
+                key = id(getattr(module, name, None))
                 if key not in self._columns or key in self._exact:
                     continue
                 if key in written:  # the module was called more than once

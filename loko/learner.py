@@ -81,15 +81,21 @@ class GradientLearner:
         with self._ranks.together():
             outputs = self._task.logits(batch)
             if len(batch):
-                losses = _LOSSES[self._task.observation](outputs, batch.labels)
-                losses.sum().backward()
-        rows = self._average_gradients(len(batch))
-        finite = all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
-        if finite:
+                self.loss(outputs, batch.labels).backward()
+        self.descend(len(batch))
+        return outputs.detach()
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, summed over its rows."""
+        return _LOSSES[self._task.observation](outputs, labels).sum()
+
+    def descend(self, rows: int) -> None:
+        """One step along the gradients of the loss of so many rows of this worker, summed, that the parameters hold."""
+        rows = self._average_gradients(rows)
+        if all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None):
             self.optimizer.step()
         else:
             self._skipped += rows
-        return outputs.detach()
 
     def _average_gradients(self, rows: int) -> int:
         if self._group is not None:

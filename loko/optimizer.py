@@ -55,6 +55,21 @@ class NonFiniteError(RuntimeError):
     """Too many batches in a row gave outputs, Jacobians or innovations that were not finite."""
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A batch that was looked at and not yet learned.
+
+    Attributes:
+        observed: the linearisation of the global batch.
+        directions: directions of the outputs that J needs rows for, (m, C), or (B, m, C) for each row its own.
+        seeds: those of this worker's rows.
+    """
+
+    observed: Linearization
+    directions: Tensor
+    seeds: Tensor
+
+
 @dataclass
 class _Counters:
     """Checkpointed with the filter."""
@@ -294,9 +309,35 @@ class LoKO(torch.optim.Optimizer):
             JacobianError: see ``loko.jacobian``.
             NonFiniteError: ``max_skipped`` batches in a row were not finite. θ, P and R are as they were.
         """
-        with self._world.together() as share:
+        kept: list[Tensor] = []
+
+        def recorded() -> tuple[Tensor, Tensor]:
             with self._engine.record():
                 outputs, labels = closure()
+            kept.append(outputs)
+            return outputs, labels
+
+        pending = self.observe(recorded)
+        seen = kept[0].detach()
+        if pending is None:
+            return seen
+        with self._world.together() as jacobians:
+            own_jacobian = self._engine.jacobian(kept.pop(), pending.seeds)  # and the recorded forward is gone
+            jacobians.rows = len(own_jacobian)
+        jacobian = self._world.exchange(own_jacobian, jacobians.counts)
+        del own_jacobian
+        self.assimilate(pending, jacobian, closure)
+        return seen
+
+    @torch.no_grad()
+    def observe(self, closure: Closure) -> Pending | None:
+        """The first half of a step: what the rows say, and what J is needed of. None without a row; nothing is learned.
+
+        Raises:
+            ValueError: labels the observation cannot mean.
+        """
+        with self._world.together() as share:
+            outputs, labels = closure()
             if outputs.dim() != 2:
                 raise ValueError(
                     f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}"
@@ -308,23 +349,32 @@ class LoKO(torch.optim.Optimizer):
         all_outputs = self._world.gather_rows(seen, share.counts)
         all_labels = self._world.gather_rows(labels, share.counts)
         if len(all_outputs) == 0:
-            return seen
+            return None
         observed, directions = self._linearize(all_outputs, all_labels)
-        with self._world.together() as jacobians:
-            own = directions if directions.dim() == 2 else directions[self._world.own_rows(share.counts)]
-            own_jacobian = self._engine.jacobian(outputs, own)
-            jacobians.rows = len(own_jacobian)
-        jacobian = self._world.exchange(own_jacobian, jacobians.counts)
-        del outputs, own_jacobian  # and with them the recorded forward
-        if not self._learn(jacobian, observed, directions):
-            self._skip(len(all_outputs))
-            return seen
+        own = directions if directions.dim() == 2 else directions[self._world.own_rows(share.counts)]
+        return Pending(observed, directions, own)
+
+    @torch.no_grad()
+    def assimilate(self, pending: Pending, jacobian: Tensor, closure: Closure) -> None:
+        """The second half of a step: learn the rows that ``observe`` looked at.
+
+        Args:
+            pending: what ``observe`` gave.
+            jacobian: J of ``pending.seeds`` of every worker's rows, (N, n) or this worker's columns of it.
+            closure: as in ``step``; called again with ``noise="ema_residual"`` only.
+
+        Raises:
+            NonFiniteError: see ``step``.
+        """
+        rows = len(pending.observed.residual)
+        if not self._learn(jacobian, pending.observed, pending.directions):
+            self._skip(rows)
+            return
         self._counters.steps += 1
-        self._counters.rows += len(all_outputs)
+        self._counters.rows += rows
         self._counters.skipped_in_a_row = 0
         if isinstance(self._noise, EmaResidual):
-            self._relearn_noise(closure, jacobian, observed)
-        return seen
+            self._relearn_noise(closure, jacobian, pending.observed)
 
     @torch.no_grad()
     def predict(self, closure: Callable[[], Tensor], *, calibrated: bool = True) -> Prediction:
@@ -505,6 +555,11 @@ class LoKO(torch.optim.Optimizer):
         some = next(iter(like.values()))
         values = [some.new_full((p.numel(),), g[key]) for g in self.param_groups for p in g["params"]]
         return torch.cat(values)[self._world.own]
+
+    @property
+    def engine(self) -> JacobianEngine:
+        """What makes J."""
+        return self._engine
 
     @property
     def settings(self) -> dict[str, Any]:
