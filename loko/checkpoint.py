@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "load", "load_parameters", "read_parameters", "save"]
+__all__ = ["CheckpointError", "DamagedCheckpointError", "load", "load_parameters", "read_parameters", "save", "verify"]
 
 _FORMAT = 1
 _PARAMETERS, _STATE, _MANIFEST = "parameters.safetensors", "state.pt", "checkpoint.json"
@@ -27,6 +27,10 @@ _PARAMETERS, _STATE, _MANIFEST = "parameters.safetensors", "state.pt", "checkpoi
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or belongs to another run; the message says which and what to do."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not what was written: cut off, changed, or parts of it gone. An earlier one may be whole."""
 
 
 def save(folder: Path, model: nn.Module, state: dict[str, Any], belongs_to: dict[str, str]) -> None:
@@ -39,8 +43,11 @@ def save(folder: Path, model: nn.Module, state: dict[str, Any], belongs_to: dict
         belongs_to: what must be the same when it is loaded, such as the stream's fingerprint.
     """
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(tensors, folder / _PARAMETERS)
-    torch.save(state, folder / _STATE)
+    try:
+        save_file(tensors, folder / _PARAMETERS)
+        torch.save(state, folder / _STATE)
+    except (SafetensorError, RuntimeError) as error:  # how the two report a full disk
+        raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
     manifest = {
         "format": _FORMAT,
         "belongs_to": belongs_to,
@@ -53,10 +60,10 @@ def load(folder: Path, model: nn.Module, belongs_to: dict[str, str]) -> dict[str
     """Read a checkpoint: the parameters go into the model, the state is returned.
 
     Raises:
-        CheckpointError: not a checkpoint, a damaged one, one of another model, stream or configuration. The model is
-            as it was.
+        DamagedCheckpointError: not a checkpoint, or a damaged one.
+        CheckpointError: one of another model, stream or configuration. The model is as it was in either case.
     """
-    manifest = _verified(folder)
+    manifest = verify(folder)
     for key, value in belongs_to.items():
         saved = manifest["belongs_to"].get(key)
         if saved != value:
@@ -109,21 +116,30 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             p.copy_(tensors[name])
 
 
-def _verified(folder: Path) -> dict[str, Any]:
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of which every byte is as it was written.
+
+    Raises:
+        DamagedCheckpointError: some are not.
+    """
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
         hashes = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint: no readable {_MANIFEST} ({error})") from error
+        raise DamagedCheckpointError(
+            f"{folder} is not a complete checkpoint: no readable {_MANIFEST} ({error})"
+        ) from error
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{folder} has checkpoint format {manifest.get('format')}; this version reads {_FORMAT}")
     for name in (_PARAMETERS, _STATE):
         try:
             actual = _sha256(folder / name)
         except OSError as error:
-            raise CheckpointError(f"{folder} is damaged: {name} cannot be read ({error})") from error
+            raise DamagedCheckpointError(f"{folder} is damaged: {name} cannot be read ({error})") from error
         if actual != hashes.get(name):
-            raise CheckpointError(f"{folder} is damaged: {name} is not what was written; take an earlier checkpoint")
+            raise DamagedCheckpointError(
+                f"{folder} is damaged: {name} is not what was written; take an earlier checkpoint"
+            )
     return manifest
 
 

@@ -49,6 +49,13 @@ _Variance = Annotated[
 ]
 
 
+_Count = Annotated[int, Field(ge=1)]
+_Workers = Annotated[
+    Annotated[_Count, Tag("number")] | Annotated[tuple[_Count, _Count], Tag("range")],
+    Discriminator(lambda value: "range" if isinstance(value, list | tuple) else "number"),
+]
+
+
 class LokoConfig(_Strict):
     """The Kalman filter; the keys are those of ``loko.LoKO``."""
 
@@ -111,7 +118,10 @@ class ExperimentConfig(_Strict):
     report_every: int = Field(200, ge=1, description="rows between two rungs: a report and a checkpoint")
     window: int = Field(500, ge=1, description="rows of the windowed metrics")
     near_future: int = Field(100, ge=0, description="steps ahead of the near-future accuracy; 0 leaves it out")
-    workers: int = Field(1, ge=1, description="workers that share one filter; more than one uses Ray Train")
+    workers: _Workers = Field(
+        1,
+        description="workers that share one filter; more than one uses Ray Train; [1, 4]: as many as there is room for",
+    )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs a worker takes")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a worker takes; null is 1 where there are any")
     threads: int = Field(1, ge=1, description="torch threads a worker")
@@ -124,6 +134,8 @@ class ExperimentConfig(_Strict):
                 f"report_every = {self.report_every} is not a multiple of batch_size = {self.batch_size}; rungs stand "
                 "between two batches, so that every trial is compared after the same rows"
             )
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"workers = {list(self.workers)}: the first is the least, the second the most")  # type: ignore[arg-type]
         if isinstance(self.optimizer, LokoConfig) and self.task.observation != "categorical":
             needs = self.optimizer.noise.startswith("categorical")
             if needs and self.task.observation == "gaussian":
@@ -133,11 +145,24 @@ class ExperimentConfig(_Strict):
                 )
         return self
 
+    @property
+    def least_workers(self) -> int:
+        """Fewer than that do not start."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """More than that are not asked for."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
     def kalman_arguments(self) -> dict[str, Any]:
         """The keyword arguments of :class:`loko.LoKO` for this run."""
         assert isinstance(self.optimizer, LokoConfig)
         return {**self.optimizer.model_dump(exclude={"name", "sync_every"}), "observation": self.task.observation}
 
+
+_TAGS = ("number", "range", "auto")
+"""Parts of a pydantic location that are no keys of the file: which kind of value it was taken for."""
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -158,7 +183,7 @@ def readable(error: ValidationError, source: str) -> str:
     """One line for each wrong key: the dotted key, the value, what is allowed."""
     lines = [f"{source} cannot be used:"]
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+        key = ".".join(str(part) for part in item["loc"] if part not in _TAGS) or "(whole file)"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key; `--help` lists the keys there are"

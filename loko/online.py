@@ -30,7 +30,19 @@ from loko.stream import ArrowStream, concatenate
 from loko.stream.columns import ColumnKind
 from loko.tasks import Task, TaskConfig, build
 
-__all__ = ["Report", "Run", "advance", "column_kinds", "open_stream", "resume", "save", "start", "trained_model"]
+__all__ = [
+    "Report",
+    "Run",
+    "advance",
+    "column_kinds",
+    "default_device",
+    "open_stream",
+    "resume",
+    "save",
+    "standing",
+    "start",
+    "trained_model",
+]
 
 Report = dict[str, Any]
 
@@ -105,7 +117,7 @@ def start(
     """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     stream = open_stream(config.stream, config.task)
     heldout = open_stream(config.heldout, config.task) if config.heldout is not None else None
     for rows in (stream, heldout):
@@ -130,11 +142,24 @@ def start(
     )
 
 
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def advance(run: Run) -> Iterator[Report]:
     """Learn the rest of the stream, row by row in order; yields a report at each rung and after the last row.
 
     A rung stands after every ``report_every`` rows. The run is in a state to be saved whenever a report is yielded.
+
+    Raises:
+        ValueError: the ranks stand before different rows: they were resumed from different checkpoints.
+        PeerError: another rank failed, with that rank's error.
     """
+    here = torch.tensor([[run.cursor, run.digest]], device=run.device)
+    everywhere = run.ranks.gather_rows(here, [1] * run.ranks.world_size)
+    if not bool((everywhere == here).all()):
+        raise ValueError(f"the ranks were resumed from different checkpoints, of rows {everywhere[:, 0].tolist()}")
     total, every = len(run.stream), run.config.report_every
     if run.cursor == total:
         yield _report(run)
@@ -161,14 +186,20 @@ def advance(run: Run) -> Iterator[Report]:
 
 
 def _report(run: Run) -> Report:
-    finished = run.cursor == len(run.stream)
-    if not finished:
+    if run.cursor < len(run.stream):
         _score_near_future(run)
+    return standing(run)
+
+
+def standing(run: Run) -> Report:
+    """The report of where a run stands: right after ``resume``, once more that of the rung it goes on from."""
+    finished = run.cursor == len(run.stream)
     report: Report = {
         **run.metrics.result(),
         **run.learner.diagnostics(),
         "rows": run.cursor,
         "rows_digest": f"{run.digest:08x}",
+        "workers": run.ranks.world_size,
         "learn_seconds": run.seconds,
         "finished": finished,
     }
@@ -226,7 +257,8 @@ def resume(run: Run, folder: Path) -> None:
     """Go on from a checkpoint of the same run, with any number of workers; bit for bit with the same number.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or one of another model, stream or configuration.
+        DamagedCheckpointError: a damaged checkpoint.
+        CheckpointError: one of another model, stream or configuration.
     """
     state = checkpoint.load(folder, run.task.model, _identity(run))
     run.learner.load_state_dict(state["learner"])

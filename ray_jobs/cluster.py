@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
+from ray.exceptions import RayActorError
 
-from loko import online
+from loko import JacobianError, NonFiniteError, online
 from loko.config import ExperimentConfig, validate
+from loko.distributed import PeerError, Ranks
+from ray_jobs.storage import StorageError, mend, newest_whole, of_run, wait_for_room
+
+log = logging.getLogger(__name__)
 
 __all__ = ["connect", "drive", "gpus_a_worker", "resources", "run_workers"]
 
@@ -26,10 +33,14 @@ _ENVIRONMENT = {
     # Ray's own summary boxes would stand between the lines of ours.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_PASSED_ON = (*_ENVIRONMENT, "HF_HUB_OFFLINE", "PYTHONPATH")
+_PASSED_ON = (*_ENVIRONMENT, "HF_HUB_OFFLINE", "LOKO_RESIZE_INTERVAL_S", "LOKO_STORAGE_PATIENCE_S", "PYTHONPATH")
 # Worker processes keep freed memory. A step's buffers are of megabytes, and glibc would map and unmap them anew each
 # time; on a virtual machine the page faults took half of every step, AdamW's as well as LoKO's.
 _ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+
+
+# How often a run with a range of workers looks whether there is room for more; it then goes on from its last rung.
+_RESIZE_SECONDS = float(os.environ.get("LOKO_RESIZE_INTERVAL_S", "60"))
 
 
 def connect(dashboard: bool = False) -> None:
@@ -70,16 +81,28 @@ def drive(
     config: ExperimentConfig,
     restored: Path | None,
     report: Callable[[online.Report, Path | None], None],
+    storage: str,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Run the loop from a checkpoint, if there is one, and hand each rung's report and checkpoint folder on."""
+    """Run the loop from a checkpoint, if there is one, and hand each rung's report and checkpoint folder on.
+
+    A rung that a run goes on from is reported again: whoever was to hear of it may have died before it did.
+
+    Args:
+        storage: folder or URL that the checkpoints go to, asked for room before each report.
+    """
     # The job has validated the rows once, before the first trial.
-    run = online.start(config, group=group, validate=False)
-    if restored is not None:
-        online.resume(run, restored)
-    for rung in online.advance(run):
+    with Ranks(group, online.default_device()).together():
+        run = online.start(config, group=group, validate=False)
+        if restored is not None:
+            online.resume(run, restored)
+    again = [online.standing(run)] if 0 < run.cursor < len(run.stream) else []
+    for rung in chain(again, online.advance(run)):
         with tempfile.TemporaryDirectory() as folder:
             online.save(run, Path(folder))
+            with run.ranks.together():
+                if run.ranks.rank == 0:
+                    wait_for_room(storage, sum(file.stat().st_size for file in Path(folder).iterdir()))
             report(rung, Path(folder) if run.ranks.rank == 0 else None)
 
 
@@ -97,40 +120,75 @@ def run_workers(
         data: an experiment as plain data.
         name: name of the Train run, the same for a restarted job.
         storage: folder or URL that every node can write to.
-        max_failures: times the workers are restarted.
+        max_failures: times that workers, or Train's controller, may die; -1 is any number of times.
         callbacks: Ray Train callbacks, such as the one that passes reports on to Tune.
     """
     config = validate(ExperimentConfig, data)
     gpu = gpus_a_worker(config) > 0
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config=data,
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=gpu, resources_per_worker=resources(config)
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage,
-            callbacks=callbacks or [],
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
+    scaling = ray.train.ScalingConfig(
+        num_workers=config.workers,
+        use_gpu=gpu,
+        resources_per_worker=resources(config),
+        elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
     )
-    return trainer.fit()
+    deaths = 0
+    while True:
+        mend(f"{storage}/{name}")
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config={"experiment": data, "folder": f"{storage}/{name}"},
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=storage,
+                callbacks=callbacks or [],
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except RayActorError as error:  # Train restarts its workers, nobody its controller
+            deaths += 1
+            if 0 <= max_failures < deaths:
+                raise
+            log.warning("the controller of %s died (%s); going on with a new one", name, error)
+            continue
+        if isinstance(result.return_value, Exception):
+            raise result.return_value
+        return result
 
 
-def _worker(data: dict[str, Any]) -> None:
+_PERMANENT = (ValueError, JacobianError, NonFiniteError, StorageError, PeerError)
+"""Errors that a restart meets again: bad rows, a model that does not fit, a filter that diverged, storage away."""
+
+
+def _worker(given: dict[str, Any]) -> Exception | None:
+    """The loop of one worker. What a restart cannot mend is returned, what it may mend (a lost peer) is raised."""
+    try:
+        _learn(given["experiment"], given["folder"])
+    except _PERMANENT as error:
+        return ValueError(str(error)) if isinstance(error, PeerError) else error
+    return None
+
+
+def _learn(data: dict[str, Any], folder: str) -> None:
     config = validate(ExperimentConfig, data)
 
     def report(rung: online.Report, folder: Path | None) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
         ray.train.report(rung, checkpoint=checkpoint)
 
-    group = dist.group.WORLD if config.workers > 1 else None
-    restored = ray.train.get_checkpoint()
-    if restored is None:
-        drive(config, None, report, group)
+    group = dist.group.WORLD if ray.train.get_context().get_world_size() > 1 else None
+    # Rank 0 chooses: storage that one rank cannot read for a moment must not make it choose another.
+    chosen: list[Any] = [None]
+    if group is None or dist.get_rank() == 0:
+        chosen = [newest_whole(of_run(folder))]
+    if group is not None:
+        dist.broadcast_object_list(chosen, src=0)
+    if chosen[0] is None:
+        drive(config, None, report, folder, group)
     else:
-        with restored.as_directory() as folder:
-            drive(config, Path(folder), report, group)
+        with chosen[0].as_directory() as restored:
+            drive(config, Path(restored), report, folder, group)

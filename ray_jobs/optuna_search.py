@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_jobs.settings import SearchConfig
+from ray_jobs.storage import study_storage
 
 __all__ = ["make_search", "storage_url", "study_name"]
 
@@ -101,7 +101,7 @@ def make_search(config: SearchConfig, candidate: str, folder: Path) -> DurableOp
     }
     return DurableOptunaSearch(
         study_name=study_name(config, candidate),
-        storage=RDBStorage(storage_url(config, folder), heartbeat_interval=None),
+        storage=study_storage(storage_url(config, folder)),
         sampler=samplers[settings.sampler](),
         points_to_evaluate=points or None,
         metric=settings.metric,

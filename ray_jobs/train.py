@@ -35,15 +35,16 @@ def main(
         str | None, typer.Option(help="name of the run; a run of that name goes on. Default: the file's")
     ] = None,
     results: Annotated[Path, typer.Option(help="folder of all runs")] = Path("results/runs"),
+    max_failures: Annotated[int, typer.Option(help="times that workers may die; -1 is any number of times")] = 10,
 ) -> None:
     """Run an experiment, or go on with it where it stopped."""
     with fail():
         experiment = read(ExperimentConfig, config, overrides or [])
-        report = run(experiment, name or _default_name(config), results)
+        report = run(experiment, name or _default_name(config), results, max_failures)
     _print(report)
 
 
-def run(config: ExperimentConfig, name: str, results: Path, max_failures: int = 3) -> dict[str, Any]:
+def run(config: ExperimentConfig, name: str, results: Path, max_failures: int = 10) -> dict[str, Any]:
     """Run an experiment on Ray Train workers; returns the last report. Run again under its name, it goes on.
 
     Writes ``results/name/``: experiment.yaml, report.json and adapter/, beside what Train keeps.

@@ -28,6 +28,7 @@ from ray_jobs.cli import Overrides, fail, help_for, make_app
 from ray_jobs.optuna_search import make_search
 from ray_jobs.progress import Progress, ReportProgress
 from ray_jobs.settings import Range, SearchConfig, read, with_values
+from ray_jobs.storage import before, newest_whole
 from ray_jobs.train import claim
 
 app = make_app()
@@ -60,7 +61,7 @@ def run(config: SearchConfig) -> Path:
     folder = Path(config.folder).absolute()
     claim(folder / "search.yaml", config.model_dump(mode="json"))
     _check_once(folder, config)
-    cluster.connect(dashboard=config.experiment.workers > 1)
+    cluster.connect(dashboard=config.experiment.most_workers > 1)
     progress = Progress(config)
     with progress:
         grids = {}
@@ -136,16 +137,17 @@ def _can_go_on(folder: Path) -> bool:
 def _trainable(config: SearchConfig, candidate: str, experiment: ExperimentConfig) -> Any:
     """The Tune function of a candidate: the loop itself, or for several workers the driver of a Train run."""
     plain = config.experiment_of(candidate, {})
-    if experiment.workers == 1:
+    if experiment.most_workers == 1:
         wanted = cluster.resources(experiment)
-        return tune.with_resources(tune.with_parameters(_alone, plain=plain), wanted)
+        trials = str(Path(config.folder).absolute() / "tune" / candidate)
+        return tune.with_resources(tune.with_parameters(_alone, plain=plain, storage=trials), wanted)
     storage = str(Path(config.folder).absolute() / "train")
     together = tune.with_parameters(_together, plain=plain, storage=storage, max_failures=config.search.max_failures)
     # Drivers take no CPU and stay on the head node, off the nodes that come and go.
     return tune.with_resources(together, {"node:__internal_head__": 0.001})
 
 
-def _alone(values: dict[str, Any], plain: dict[str, Any]) -> None:
+def _alone(values: dict[str, Any], plain: dict[str, Any], storage: str) -> None:
     """A trial of one worker."""
 
     def report(rung: online.Report, folder: Path | None) -> None:
@@ -153,12 +155,13 @@ def _alone(values: dict[str, Any], plain: dict[str, Any]) -> None:
         tune.report(rung, checkpoint=tune.Checkpoint.from_directory(folder))
 
     experiment = validate(ExperimentConfig, with_values(plain, values))
-    restored = tune.get_checkpoint()
+    given = tune.get_checkpoint()
+    restored = newest_whole(before(given)) if given is not None else None
     if restored is None:
-        cluster.drive(experiment, None, report)
+        cluster.drive(experiment, None, report, storage)
     else:
         with restored.as_directory() as folder:
-            cluster.drive(experiment, Path(folder), report)
+            cluster.drive(experiment, Path(folder), report, storage)
 
 
 def _together(values: dict[str, Any], plain: dict[str, Any], storage: str, max_failures: int) -> None:
@@ -201,7 +204,7 @@ def _slots(experiment: ExperimentConfig) -> int:
     """How many trials the cluster holds at a time."""
     has = ray.cluster_resources()
     wanted = cluster.resources(experiment)
-    return max(1, min(int(has.get(name, 0) / (amount * experiment.workers)) for name, amount in wanted.items()))
+    return max(1, min(int(has.get(name, 0) / (amount * experiment.least_workers)) for name, amount in wanted.items()))
 
 
 def _collect(config: SearchConfig, folder: Path, grids: dict[str, tune.ResultGrid]) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from loko import online
 from loko.config import ConfigError, ExperimentConfig
+from loko.stream import write_shards
 from ray_jobs import train
 from ray_jobs.settings import read
 
@@ -59,8 +60,9 @@ def test_a_run_gives_the_figures_of_the_loop(tmp_path: Path, workers: int, name:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
-    """SIGKILL of the driver and its workers; under the same name the run goes on from its last rung."""
+@pytest.mark.parametrize("damaged", ["nothing", "checkpoint", "list"])
+def test_a_run_that_is_killed_goes_on(tmp_path: Path, damaged: str) -> None:
+    """SIGKILL of the driver and its workers; under the same name the run goes on from its last whole rung."""
     path = written(tmp_path, stream={"paths": str(tiny.shards(tmp_path / "long", 2000))})
     arguments = ("ray_jobs.train", path, "--name", "one", "--results", tmp_path / "runs")
 
@@ -69,11 +71,32 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
 
     jobs.run_and_kill(*arguments, when=two_rungs, log=tmp_path / "log")
     assert not (tmp_path / "runs" / "one" / "report.json").exists()
+    kept = tmp_path / "runs" / "one" / "train"
+    if damaged == "checkpoint":  # and no more than cut off, as a disk that was full leaves it
+        newest = max(kept.glob("checkpoint_*/checkpoint.json")).with_name("state.pt")
+        newest.write_bytes(newest.read_bytes()[:-100])
+    if damaged == "list":
+        (kept / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [')
     done = jobs.run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "runs" / "one" / "report.json").read_text())
     _, expected = alone(path)
     assert (report["nll"], report["rows_digest"]) == (expected["nll"], expected["rows_digest"])
+
+
+@pytest.mark.slow
+def test_a_bad_label_of_one_worker_is_told_at_once(tmp_path: Path) -> None:
+    """A row of the second worker cannot be learned: nobody waits, nothing is tried again, the error is shown."""
+    table = tiny.table(96)
+    labels = table["label"].to_numpy().copy()
+    labels[47] = 9  # of the batch 44 .. 47 the second worker has the last two rows
+    write_shards(table.set_column(4, "label", [labels]), tmp_path / "bad")
+    path = written(tmp_path, stream={"paths": str(tmp_path / "bad")}, near_future=0)
+    done = jobs.run("ray_jobs.train", path, "workers=2", "cpus_per_worker=0.5", "--results", tmp_path / "runs")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "rank 1 of 2 failed" in done.stderr
+    assert "9" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_of_that_name_with_another_config_is_refused(tmp_path: Path) -> None:
