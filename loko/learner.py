@@ -71,7 +71,7 @@ class GradientLearner:
         self._group = group
         self._ranks = Ranks(group, next(task.model.parameters()).device)
         # LoRA-FA's groups hold frozen parameters too.
-        self._parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+        self.parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
         self._skipped = 0
         self.optimizer = optimizer
 
@@ -92,22 +92,22 @@ class GradientLearner:
     def descend(self, rows: int) -> None:
         """One step along the gradients of the loss of so many rows of this worker, summed, that the parameters hold."""
         rows = self._average_gradients(rows)
-        if all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None):
+        if all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None):
             self.optimizer.step()
         else:
             self._skipped += rows
 
     def _average_gradients(self, rows: int) -> int:
         if self._group is not None:
-            device = self._parameters[0].device
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self._parameters])
+            device = self.parameters[0].device
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
             total = torch.cat([flat, torch.tensor([float(rows)], device=device)]).double()
             dist.all_reduce(total, group=self._group)
             rows = int(total[-1])
-            parts = total[:-1].to(flat.dtype).split([p.numel() for p in self._parameters])
-            for p, part in zip(self._parameters, parts, strict=True):
+            parts = total[:-1].to(flat.dtype).split([p.numel() for p in self.parameters])
+            for p, part in zip(self.parameters, parts, strict=True):
                 p.grad = part.view_as(p).clone()
-        for p in self._parameters:
+        for p in self.parameters:
             if p.grad is not None:
                 p.grad /= rows
         return rows

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,12 +28,15 @@ from loko.learner import Learner, build_learner
 from loko.metrics import OnlineMetrics, evaluate
 from loko.stream import ArrowStream, concatenate
 from loko.stream.columns import ColumnKind
-from loko.tasks import Task, TaskConfig, build
+from loko.tasks import Batch, Task, TaskConfig, build
 
 __all__ = [
+    "OneByOne",
     "Report",
     "Run",
+    "Together",
     "advance",
+    "advance_together",
     "column_kinds",
     "default_device",
     "open_stream",
@@ -103,6 +106,7 @@ def start(
     group: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
     validate: bool = True,
+    beside: Run | None = None,
 ) -> Run:
     """Load everything a run needs and stand before its first row.
 
@@ -111,6 +115,8 @@ def start(
         group: ranks that share the run, each calling everything here together; None is one worker.
         device: where the model runs; None takes a GPU if there is one.
         validate: read the streams once whole (below 1 GiB), so that damaged rows are found before any training.
+        beside: a run of the same configuration, but for the optimizer, that has learned nothing: the new one takes its
+            streams and its frozen parameters, and an adapter of its own.
 
     Raises:
         StreamError, ConfigError, ValueError: bad input, before anything is learned.
@@ -118,6 +124,8 @@ def start(
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device = device or default_device()
+    if beside is not None:
+        return _beside(beside, config)
     stream = open_stream(config.stream, config.task)
     heldout = open_stream(config.heldout, config.task) if config.heldout is not None else None
     for rows in (stream, heldout):
@@ -147,6 +155,51 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _beside(other: Run, config: ExperimentConfig) -> Run:
+    differing = [
+        key
+        for key in type(config).model_fields
+        if key != "optimizer" and getattr(config, key) != getattr(other.config, key)
+    ]
+    if differing or other.cursor:
+        raise ValueError(
+            f"runs that share a backbone differ in their optimizer only, and start from one that has learned nothing: "
+            f"{', '.join(differing) or 'rows learned'} differs"
+        )
+    task = other.task.twin()
+    return replace(
+        other,
+        config=config,
+        task=task,
+        learner=build_learner(config, task, other.ranks.group),
+        metrics=OnlineMetrics(
+            config.task.num_labels,
+            config.task.observation,
+            window=config.window,
+            near_future=max(1, config.near_future * config.batch_size),
+        ),
+    )
+
+
+class Together(Protocol):
+    """How runs learn and predict the same batch: each its outputs (B, C). ``loko.packing`` has a faster one."""
+
+    def learn(self, runs: Sequence[Run], batch: Batch) -> list[Tensor]: ...
+    def predict(self, runs: Sequence[Run], batch: Batch) -> list[Tensor]: ...
+
+
+class OneByOne:
+    """Each run by itself."""
+
+    def learn(self, runs: Sequence[Run], batch: Batch) -> list[Tensor]:
+        """The outputs before the update."""
+        return [run.learner.learn(batch) for run in runs]
+
+    def predict(self, runs: Sequence[Run], batch: Batch) -> list[Tensor]:
+        """The outputs; nothing is learned."""
+        return [run.task.logits(batch) for run in runs]
+
+
 def advance(run: Run) -> Iterator[Report]:
     """Learn the rest of the stream, row by row in order; yields a report at each rung and after the last row.
 
@@ -156,87 +209,115 @@ def advance(run: Run) -> Iterator[Report]:
         ValueError: the ranks stand before different rows: they were resumed from different checkpoints.
         PeerError: another rank failed, with that rank's error.
     """
-    here = torch.tensor([[run.cursor, run.digest]], device=run.device)
-    everywhere = run.ranks.gather_rows(here, [1] * run.ranks.world_size)
+    for (report,) in advance_together([run], OneByOne()):
+        yield report
+
+
+def advance_together(runs: Sequence[Run], how: Together) -> Iterator[list[Report]]:
+    """``advance`` for runs that stand before the same row of one stream; yields their reports, in their order."""
+    first = runs[0]
+    here = torch.tensor([[first.cursor, first.digest]], device=first.device)
+    everywhere = first.ranks.gather_rows(here, [1] * first.ranks.world_size)
     if not bool((everywhere == here).all()):
         raise ValueError(f"the ranks were resumed from different checkpoints, of rows {everywhere[:, 0].tolist()}")
-    total, every = len(run.stream), run.config.report_every
-    if run.cursor == total:
-        yield _report(run)
+    total, every = len(first.stream), first.config.report_every
+    if first.cursor == total:
+        yield _reports(runs, how)
         return
-    batches = run.stream.batches(
-        run.config.batch_size, cursor=run.cursor, rank=run.ranks.rank, world_size=run.ranks.world_size
+    batches = first.stream.batches(
+        first.config.batch_size, cursor=first.cursor, rank=first.ranks.rank, world_size=first.ranks.world_size
     )
     with closing(batches):  # type: ignore[type-var]
-        while run.cursor < total:
-            with run.ranks.together() as share:
+        while first.cursor < total:
+            with first.ranks.together() as share:
                 rows = next(batches)
-                batch = run.task.collate(rows).to(run.device)
+                batch = first.task.collate(rows).to(first.device)
                 share.rows = len(batch)
             before = time.perf_counter()
-            outputs = run.learner.learn(batch)
-            run.seconds += time.perf_counter() - before
-            outputs, labels = (run.ranks.gather_rows(own, share.counts) for own in (outputs, batch.labels))
-            run.metrics.update(outputs, labels)
-            ids = run.ranks.gather_rows(torch.from_numpy(np.array(rows.row_ids)).to(run.device), share.counts)
-            run.digest = zlib.crc32(ids.cpu().numpy().tobytes(), run.digest)
-            run.cursor = rows.stop
-            if run.cursor % every == 0 or run.cursor == total:
-                yield _report(run)
+            predicted = how.learn(runs, batch)
+            seconds = (time.perf_counter() - before) / len(runs)
+            labels = first.ranks.gather_rows(batch.labels, share.counts)
+            ids = first.ranks.gather_rows(torch.from_numpy(np.array(rows.row_ids)).to(first.device), share.counts)
+            for run, outputs in zip(runs, predicted, strict=True):
+                run.seconds += seconds
+                run.metrics.update(run.ranks.gather_rows(outputs, share.counts), labels)
+                run.digest = zlib.crc32(ids.cpu().numpy().tobytes(), run.digest)
+                run.cursor = rows.stop
+            if first.cursor % every == 0 or first.cursor == total:
+                yield _reports(runs, how)
 
 
-def _report(run: Run) -> Report:
-    if run.cursor < len(run.stream):
-        _score_near_future(run)
-    return standing(run)
+def _reports(runs: Sequence[Run], how: Together) -> list[Report]:
+    if runs[0].cursor < len(runs[0].stream):
+        _score_near_future(runs, how)
+    return _standing(runs, how)
 
 
 def standing(run: Run) -> Report:
     """The report of where a run stands: right after ``resume``, once more that of the rung it goes on from."""
-    finished = run.cursor == len(run.stream)
-    report: Report = {
-        **run.metrics.result(),
-        **run.learner.diagnostics(),
-        "rows": run.cursor,
-        "rows_digest": f"{run.digest:08x}",
-        "workers": run.ranks.world_size,
-        "learn_seconds": run.seconds,
-        "finished": finished,
-    }
-    if finished and run.heldout is not None:
-        outputs, labels = _predict(run, run.heldout, 0, len(run.heldout))
-        report |= {f"heldout_{key}": value for key, value in evaluate(outputs, labels, run.task.observation).items()}
+    (report,) = _standing([run], OneByOne())
     return report
 
 
-def _score_near_future(run: Run) -> None:
-    """Score rows 100 steps ahead with the present model: no correlation between neighbours flatters that figure."""
-    if not run.config.near_future:
+def _standing(runs: Sequence[Run], how: Together) -> list[Report]:
+    finished = runs[0].cursor == len(runs[0].stream)
+    reports: list[Report] = [
+        {
+            **run.metrics.result(),
+            **run.learner.diagnostics(),
+            "rows": run.cursor,
+            "rows_digest": f"{run.digest:08x}",
+            "workers": run.ranks.world_size,
+            "learn_seconds": run.seconds,
+            "finished": finished,
+        }
+        for run in runs
+    ]
+    heldout = runs[0].heldout
+    if finished and heldout is not None:
+        predicted, labels = _predict(runs, how, heldout, 0, len(heldout))
+        for run, report, outputs in zip(runs, reports, predicted, strict=True):
+            scores = evaluate(outputs, labels, run.task.observation)
+            report |= {f"heldout_{key}": value for key, value in scores.items()}
+    return reports
+
+
+def _score_near_future(runs: Sequence[Run], how: Together) -> None:
+    """Score rows 100 steps ahead with the present models: no correlation between neighbours flatters that figure."""
+    first = runs[0]
+    if not first.config.near_future:
         return
-    ahead = run.cursor + run.config.near_future * run.config.batch_size
-    stop = min(ahead + _NEAR_FUTURE_ROWS, len(run.stream))
+    ahead = first.cursor + first.config.near_future * first.config.batch_size
+    stop = min(ahead + _NEAR_FUTURE_ROWS, len(first.stream))
     if ahead < stop:
-        run.metrics.update_near_future(*_predict(run, run.stream, ahead, stop))
+        predicted, labels = _predict(runs, how, first.stream, ahead, stop)
+        for run, outputs in zip(runs, predicted, strict=True):
+            run.metrics.update_near_future(outputs, labels)
 
 
 @torch.no_grad()
-def _predict(run: Run, stream: ArrowStream, first: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Outputs and labels of the positions [first, stop), every rank's; nothing is learned."""
-    outputs, labels = [], []
-    batches = stream.batches(_SCORING_BATCH, cursor=first, rank=run.ranks.rank, world_size=run.ranks.world_size)
+def _predict(
+    runs: Sequence[Run], how: Together, stream: ArrowStream, first: int, stop: int
+) -> tuple[list[Tensor], Tensor]:
+    """Each run's outputs, and the labels, of the positions [first, stop), every rank's; nothing is learned."""
+    one = runs[0]
+    outputs: list[list[Tensor]] = [[] for _ in runs]
+    labels = []
+    batches = stream.batches(_SCORING_BATCH, cursor=first, rank=one.ranks.rank, world_size=one.ranks.world_size)
     with closing(batches):  # type: ignore[type-var]
         reached = first
         while reached < stop:
-            with run.ranks.together() as share:
+            with one.ranks.together() as share:
                 rows = next(batches)
-                batch = run.task.collate(rows).to(run.device)
-                predicted = run.task.logits(batch)
+                batch = one.task.collate(rows).to(one.device)
+                predicted = how.predict(runs, batch)
                 share.rows = len(batch)
             keep = max(0, stop - rows.start)
-            outputs.append(run.ranks.gather_rows(predicted, share.counts)[:keep])
-            labels.append(run.ranks.gather_rows(batch.labels, share.counts)[:keep])
+            for run, kept, own in zip(runs, outputs, predicted, strict=True):
+                kept.append(run.ranks.gather_rows(own, share.counts)[:keep])
+            labels.append(one.ranks.gather_rows(batch.labels, share.counts)[:keep])
             reached = rows.stop
-    return torch.cat(outputs), torch.cat(labels)
+    return [torch.cat(kept) for kept in outputs], torch.cat(labels)
 
 
 def save(run: Run, folder: Path) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loko.tasks.collate import Batch, Inputs, Rows, image_inputs, labels_to_tensor, table_inputs, text_inputs
 from loko.tasks.config import AdapterConfig, ColumnsConfig, ObservationKind, TaskConfig
-from loko.tasks.models import adapt, load_backbone, resolve_model, save_adapter
+from loko.tasks.models import adapt, load_backbone, resolve_model, save_adapter, share_frozen
 
 __all__ = ["AdapterConfig", "Batch", "ColumnsConfig", "Rows", "Task", "TaskConfig", "build", "save_adapter"]
 
@@ -38,6 +38,10 @@ class Task:
     def num_labels(self) -> int:
         """Outputs of the model."""
         return self.config.num_labels
+
+    def twin(self) -> Task:
+        """The same task on a model with trainable parameters of its own, and the very same frozen ones."""
+        return replace(self, model=share_frozen(self.model))
 
     def logits(self, batch: Batch) -> Tensor:
         """Run the model: float32 outputs (B, num_labels). No row, no run."""

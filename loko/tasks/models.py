@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 
 from loko.tasks.config import DEFAULT_RANK, TaskConfig, peft_config_class
 
-__all__ = ["TableMLP", "TableOutput", "adapt", "head_names", "load_backbone", "resolve_model", "save_adapter"]
+__all__ = [
+    "TableMLP",
+    "TableOutput",
+    "adapt",
+    "head_names",
+    "load_backbone",
+    "resolve_model",
+    "save_adapter",
+    "share_frozen",
+]
 
 _PACKAGE_PREFIX = "package:"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -171,6 +181,12 @@ def adapt(model: nn.Module, config: TaskConfig) -> nn.Module:
             # An update below the resolution of bfloat16 would be lost.
             parameter.data = parameter.data.float()
     return model.eval()
+
+
+def share_frozen(model: nn.Module) -> nn.Module:
+    """A copy whose frozen parameters and buffers are the model's own tensors; trainable parameters are copied."""
+    frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in frozen})
 
 
 def _peft_config(model: nn.Module, heads: list[str], config: TaskConfig) -> Any:
