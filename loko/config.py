@@ -60,7 +60,9 @@ class LokoConfig(_Strict):
     """The Kalman filter; the keys are those of ``loko.LoKO``."""
 
     name: Literal["loko"] = Field(
-        "loko", description="loko, or a gradient optimizer: adamw, adagrad, sgd, muon, lora_plus, lora_fa, riemannian"
+        "loko",
+        description="loko, or a gradient optimizer: adamw, adagrad, sgd, muon, lora_plus, lora_fa, riemannian, "
+        "schedule_free, lora_rite, soap, ivon",
     )
     covariance: Literal["low_rank", "diagonal"] = Field("low_rank", description="kind of parameter covariance")
     rank: int = Field(16, ge=0, description="rank L of low_rank")
@@ -96,9 +98,19 @@ class LokoConfig(_Strict):
 class GradientConfig(_Strict):
     """A gradient optimizer on the mean loss of each batch, one step a batch."""
 
-    name: Literal["adamw", "adagrad", "sgd", "muon", "lora_plus", "lora_fa", "riemannian"] = Field(
-        description="torch.optim or peft.optimizers"
-    )
+    name: Literal[
+        "adamw",
+        "adagrad",
+        "sgd",
+        "muon",
+        "lora_plus",
+        "lora_fa",
+        "riemannian",
+        "schedule_free",
+        "lora_rite",
+        "soap",
+        "ivon",
+    ] = Field(description="torch.optim, peft.optimizers, pytorch-optimizer (from schedule_free on), or ivon-opt")
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate of the adapter")
     head_lr_ratio: float = Field(1.0, gt=0, description="the head's learning rate over the adapter's")
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")

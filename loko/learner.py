@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ from loko.optimizer import LoKO, parameter_groups
 from loko.tasks import Batch, Task
 
 __all__ = ["GradientLearner", "KalmanLearner", "Learner", "build_learner"]
+
+
+Builder = Callable[[Any, GradientConfig], torch.optim.Optimizer]
 
 
 class Learner(Protocol):
@@ -64,6 +68,10 @@ class GradientLearner:
     """One gradient step a batch on the mean negative log-likelihood.
 
     With several workers the gradient is that of the mean over the global batch, as one worker would have it.
+
+    Some optimizers learn at other parameters than they predict with: schedule-free ones at y instead of the average x
+    (arXiv 2405.15682), IVON at samples. For them the batch is predicted first, and passed once more to learn it;
+    between two steps the model always holds the parameters to predict with.
     """
 
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None) -> None:
@@ -78,12 +86,24 @@ class GradientLearner:
     def learn(self, batch: Batch) -> Tensor:
         """The outputs before the update, (B, C). A batch with a non-finite gradient is skipped, and counted."""
         self.optimizer.zero_grad(set_to_none=True)
+        predicted = None
+        if self.learns_elsewhere:
+            with torch.no_grad():
+                predicted = self._task.logits(batch)
+            self.optimizer.train()  # type: ignore[attr-defined]
         with self._ranks.together():
             outputs = self._task.logits(batch)
             if len(batch):
                 self.loss(outputs, batch.labels).backward()
         self.descend(len(batch))
-        return outputs.detach()
+        if self.learns_elsewhere:
+            self.optimizer.eval()  # type: ignore[attr-defined]
+        return outputs.detach() if predicted is None else predicted
+
+    @property
+    def learns_elsewhere(self) -> bool:
+        """Whether gradients are wanted at other parameters than those to predict with."""
+        return hasattr(self.optimizer, "train")
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch, summed over its rows."""
@@ -174,22 +194,30 @@ def _split_off(optimizer: torch.optim.Optimizer, chosen: set[int], ratio: float)
         group["lr"] = group["lr"] * ratio
 
 
-def _torch(kind: Callable[..., torch.optim.Optimizer], **defaults: Any) -> Callable[..., torch.optim.Optimizer]:
+def _torch(kind: Callable[..., torch.optim.Optimizer], **defaults: Any) -> Builder:
     def build(model: nn.Module, config: GradientConfig) -> torch.optim.Optimizer:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        return kind(trainable, lr=config.lr, **{**defaults, **config.options})
+        return kind(_trainable(model), lr=config.lr, **{**defaults, **config.options})
 
     return build
 
 
-class _MuonWithAdamW(torch.optim.Optimizer):
-    """Muon on matrices and AdamW on everything else, as Muon's authors use it: Muon takes no vectors."""
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
-    def __init__(self, params: list[nn.Parameter], lr: float, **options: Any) -> None:
-        super().__init__(params, {"lr": lr})
-        matrices = [p for p in params if p.dim() == 2]
-        others = [p for p in params if p.dim() != 2]
-        self._parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, lr=lr, **options)] if matrices else []
+
+class _WithAdamW(torch.optim.Optimizer):
+    """An optimizer for the parameters it is made for, and AdamW for the others; each at its own group's rate."""
+
+    def __init__(
+        self,
+        kind: Callable[..., torch.optim.Optimizer],
+        chosen: list[nn.Parameter],
+        others: list[nn.Parameter],
+        lr: float,
+        **options: Any,
+    ) -> None:
+        super().__init__([*chosen, *others], {"lr": lr})
+        self._parts: list[torch.optim.Optimizer] = [kind(chosen, lr=lr, **options)] if chosen else []
         self._parts += [torch.optim.AdamW(others, lr=lr)] if others else []
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -209,6 +237,94 @@ class _MuonWithAdamW(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "parts"})
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
+
+
+def _muon(model: nn.Module, config: GradientConfig) -> torch.optim.Optimizer:
+    """Muon on matrices and AdamW on everything else, as Muon's authors use it: Muon takes no vectors."""
+    params = _trainable(model)
+    matrices, others = [p for p in params if p.dim() == 2], [p for p in params if p.dim() != 2]
+    return _WithAdamW(torch.optim.Muon, matrices, others, config.lr, **config.options)
+
+
+def _lora_rite(model: nn.Module, config: GradientConfig) -> torch.optim.Optimizer:
+    """LoRA-RITE on the pairs A, B of LoRA (arXiv 2410.20625), which it takes in turn, and AdamW on the head."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    halves: list[dict[str, nn.Parameter]] = [
+        {name.replace(half, ""): p for name, p in named if half in name and p.dim() == 2}
+        for half in ("lora_A", "lora_B")
+    ]
+    pairs = [p for key in halves[0] if key in halves[1] for p in (halves[0][key], halves[1][key])]
+    paired = {id(p) for p in pairs}
+    others = [p for _, p in named if id(p) not in paired]
+    return _WithAdamW(_peer("LoRARite"), pairs, others, config.lr, **config.options)
+
+
+def _peer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """An optimizer of the package pytorch-optimizer, which takes any option and says nothing of those it lacks."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        raise ValueError("it comes from the package pytorch-optimizer: pip install 'loko[peers]'") from None
+    kind: Callable[..., torch.optim.Optimizer] = getattr(pytorch_optimizer, name)
+    known = set(inspect.signature(kind).parameters) - {"params", "kwargs"}
+
+    def build(params: Any, **options: Any) -> torch.optim.Optimizer:
+        for unknown in sorted(set(options) - known):
+            raise ValueError(f"unknown option {unknown!r}; there are: {', '.join(sorted(known))}")
+        return kind(params, **options)
+
+    return build
+
+
+def _from_peer(name: str, **defaults: Any) -> Builder:
+    return lambda model, config: _torch(_peer(name), **defaults)(model, config)
+
+
+def _ivon(model: nn.Module, config: GradientConfig) -> torch.optim.Optimizer:
+    """IVON (arXiv 2402.17641): AdamW's cost, and a variational Gaussian whose samples give the gradients."""
+    try:
+        import ivon
+    except ImportError:
+        raise ValueError("it comes from the package ivon-opt, whose licence is the GPL: pip install ivon-opt") from None
+
+    class Ivon(ivon.IVON):
+        """IVON with samples drawn by ``train`` and taken back by ``step`` or ``eval``, and with all its state saved."""
+
+        _sampled: Any = None
+
+        def train(self) -> None:
+            """Sample the parameters to take the gradient at."""
+            self._sampled = self._sample_params()
+
+        def step(self, closure: Any = None) -> None:
+            """Learn from the gradient at the sample."""
+            self._take_back(learn=True)
+            super().step()
+
+        def eval(self) -> None:
+            """The mean again, also after a batch that was skipped."""
+            self._take_back(learn=False)
+
+        def _take_back(self, learn: bool) -> None:
+            if self._sampled is not None:
+                self._restore_param_average(learn, *self._sampled)
+            self._sampled = None
+
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "current_step": self.current_step}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            rest = dict(state_dict)
+            self.current_step = rest.pop("current_step")
+            super().load_state_dict(rest)
+
+    # Its buffers are laid out a group, so the head's group has to be there from the start.
+    groups = [
+        {"params": params}
+        for kind in (True, False)
+        if (params := [p for g in parameter_groups(model) if (g["name"] == "head") is kind for p in g["params"]])
+    ]
+    return Ivon(groups, lr=config.lr, **{"ess": 1000.0, **config.options})
 
 
 def _lora_plus(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
@@ -235,13 +351,17 @@ def _riemannian(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
     return create_riemannian_optimizer(model, torch.optim.AdamW, lr=config.lr, **config.options)
 
 
-_OF_LORA = ("lora_plus", "lora_fa", "riemannian")
-_OPTIMIZERS: dict[str, Callable[[Any, GradientConfig], torch.optim.Optimizer]] = {
+_OF_LORA = ("lora_plus", "lora_fa", "riemannian", "lora_rite")
+_OPTIMIZERS: dict[str, Builder] = {
     "adamw": _torch(torch.optim.AdamW),
     "adagrad": _torch(torch.optim.Adagrad),
     "sgd": _torch(torch.optim.SGD, momentum=0.9),
-    "muon": _torch(_MuonWithAdamW),
+    "muon": _muon,
     "lora_plus": _lora_plus,
     "lora_fa": _lora_fa,
     "riemannian": _riemannian,
+    "schedule_free": _from_peer("ScheduleFreeAdamW"),
+    "lora_rite": _lora_rite,
+    "soap": _from_peer("SOAP", weight_decay=0.0),
+    "ivon": _ivon,
 }
