@@ -297,6 +297,11 @@ def _ready(learner: online.Learner, rows: int) -> bool:
         PackingError: a learner that can never.
     """
     if isinstance(learner, GradientLearner):
+        if learner.learns_elsewhere:
+            name = type(learner.optimizer).__name__
+            raise PackingError(
+                f"{name} learns at other parameters than it predicts with, in a pass of its own; {_MEND}"
+            )
         return True
     engine = _filter(learner).engine
     if engine.proven(rows) and engine.exact_names:

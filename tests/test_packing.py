@@ -142,6 +142,13 @@ def test_adapters_that_cannot_be_packed_are_refused_by_name(rows: Path) -> None:
         Pack(config)
 
 
+def test_an_optimizer_with_a_pass_of_its_own_is_refused(rows: Path) -> None:
+    given = configs(rows, [{"name": "schedule_free"}, GRADIENT[0]])
+    pack = Pack(given[0])
+    with pytest.raises(PackingError, match=r"ScheduleFreeAdamW learns at other parameters .*unpacked"):
+        list(pack.advance([pack.start(config) for config in given]))
+
+
 def table_task(model: nn.Module, dtype: torch.dtype = torch.float64) -> Task:
     """A task around any model that takes ``features``; float64 where the model is."""
     config = TaskConfig.model_validate(tiny.experiment(Path("unused"))["task"])
