@@ -33,7 +33,13 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint that is not what was written: cut off, changed, or parts of it gone. An earlier one may be whole."""
 
 
-def save(folder: Path, model: nn.Module, state: dict[str, Any], belongs_to: dict[str, str]) -> None:
+def save(
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, Any],
+    belongs_to: dict[str, str],
+    about: dict[str, int] | None = None,
+) -> None:
     """Write a checkpoint into an existing folder.
 
     Args:
@@ -41,6 +47,7 @@ def save(folder: Path, model: nn.Module, state: dict[str, Any], belongs_to: dict
         model: its trainable parameters are saved.
         state: tensors, numbers, strings, and lists and dicts of them.
         belongs_to: what must be the same when it is loaded, such as the stream's fingerprint.
+        about: what people may want to see of it without loading it.
     """
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
@@ -51,6 +58,7 @@ def save(folder: Path, model: nn.Module, state: dict[str, Any], belongs_to: dict
     manifest = {
         "format": _FORMAT,
         "belongs_to": belongs_to,
+        "about": about or {},
         "sha256": {name: _sha256(folder / name) for name in (_PARAMETERS, _STATE)},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))

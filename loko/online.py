@@ -331,7 +331,8 @@ def save(run: Run, folder: Path) -> None:
         "random": torch.get_rng_state(),
     }
     if run.ranks.rank == 0:
-        checkpoint.save(folder, run.task.model, state, _identity(run))
+        about = {"rows": run.cursor, "workers": run.ranks.world_size}
+        checkpoint.save(folder, run.task.model, state, _identity(run), about)
 
 
 def resume(run: Run, folder: Path) -> None:
