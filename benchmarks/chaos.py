@@ -28,7 +28,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -397,11 +397,8 @@ def small_disk(folder: Path) -> Iterator[None]:
 def full(folder: Path) -> Iterator[None]:
     """Not a byte left on the disk of a folder."""
     filler = folder / "filler"
-    with filler.open("wb") as file:
-        try:
-            while file.write(b"\0" * 4096):
-                file.flush()
-        except OSError:
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"\0" * 4096):
             pass
     try:
         yield
@@ -479,20 +476,30 @@ class Faults:
     references: dict[str, Path]
     found: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self) -> None:
-        can_mount = os.geteuid() == 0 and subprocess.run(["which", "mount"], capture_output=True).returncode == 0
-        if can_mount:
-            self._train("disk full", lambda runs: full(runs), disk=True)
-            self._train("folder unwritable", lambda runs: unwritable(runs / "one"))
-            self._search("disk full, search", lambda results: full(results.parent), disk=True)
-        else:
-            print("  no right to mount: the disk that is full and the folder that is unwritable are left out")
-        self._search("database locked", lambda results: locked(results / "study.db"))
-        self._search("database gone", lambda results: gone(results / "study.db"))
-        self._train("newest checkpoint damaged", None)
-        self._search("newest checkpoint damaged, search", None)
+    def run(self, chosen: str) -> None:
+        """Every fault whose name contains this."""
+        mounts = os.geteuid() == 0 and shutil.which("mount") is not None
+        train: dict[str, tuple[Callable[[Path], Any] | None, bool]] = {
+            "newest checkpoint damaged": (None, False),
+            "disk full": (full, True),
+            "folder unwritable": (lambda runs: unwritable(runs / "one"), False),
+        }
+        search: dict[str, tuple[Callable[[Path], Any] | None, bool]] = {
+            "newest checkpoint damaged, search": (None, False),
+            "database locked": (lambda results: locked(results / "study.db"), False),
+            "database gone": (lambda results: gone(results / "study.db"), False),
+            "disk full, search": (lambda results: full(results.parent), True),
+        }
+        for faults, do in ((train, self._train), (search, self._search)):
+            for name, (fault, disk) in faults.items():
+                if chosen not in name:
+                    continue
+                if not mounts and (disk or "unwritable" in name):
+                    print(f"  {name}: left out, there is no right to mount")
+                    continue
+                do(name, fault, disk)
 
-    def _train(self, name: str, fault: Callable[[Path], Any] | None, disk: bool = False) -> None:
+    def _train(self, name: str, fault: Callable[[Path], Any] | None, disk: bool) -> None:
         folder = self.work / name.replace(" ", "-").replace(",", "")
         folder.mkdir()
         with small_disk(folder / "runs") if disk else nullcontext():
@@ -510,7 +517,7 @@ class Faults:
             audit_train(audit, self.plain, folder / "runs" / "one", self.work / "two", self.work / "one")
             self._note(name, audit, job)
 
-    def _search(self, name: str, fault: Callable[[Path], Any] | None, disk: bool = False) -> None:
+    def _search(self, name: str, fault: Callable[[Path], Any] | None, disk: bool) -> None:
         folder = self.work / name.replace(" ", "-").replace(",", "")
         folder.mkdir()
         with small_disk(folder / "disk") if disk else nullcontext():
@@ -568,8 +575,8 @@ def main(
     search_rows: Annotated[int, typer.Option(help="of the stream that a trial learns")] = 600,
     each: Annotated[int, typer.Option(help="most kills in one run or search")] = 6,
     kinds: Annotated[str, typer.Option(help="what is killed")] = "worker,driver,node,submitter",
-    faults: Annotated[bool, typer.Option(help="storage faults too")] = True,
-    keep: Annotated[Path | None, typer.Option(help="work here, and leave everything")] = None,
+    faults: Annotated[str, typer.Option(help="storage faults whose name contains this; 'none' leaves them out")] = "",
+    keep: Annotated[Path | None, typer.Option(help="work here, take what is here, leave everything")] = None,
 ) -> None:
     """Kill, audit, and print the table."""
     begun = time.monotonic()
@@ -578,8 +585,9 @@ def main(
     torch.set_num_threads(1)
     embedded.embed(work / "mnist", embedded.EmbeddedConfig(epochs=2))
     plain = worlds.experiment(work / "mnist", rows, workers=2)
-    worlds.run(plain, work / "two", 2)
-    worlds.run(plain, work / "one")
+    for name, workers in (("two", 2), ("one", 1)):
+        if not (work / name / "report.json").exists():
+            worlds.run(plain, work / name, workers)
     audit = Audit()
     references: dict[str, Path] = {}
 
@@ -610,8 +618,7 @@ def main(
                 audit_search(audit, data, folder / "results", references, work)
             print(f"  run {number}: {audit}", flush=True)
         disks = Faults(nodes.address, work, plain, searched, references)
-        if faults:
-            disks.run()
+        disks.run(faults)
     finally:
         for job in Job.all:
             job.kill()
