@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch.nn.parameter import Parameter
 __all__ = ["JacobianEngine", "JacobianError"]
 
 log = logging.getLogger(__name__)
+
+_PASS_ELEMENTS = 2**19  # of the largest δ of one pass: above it, passes together run no faster than one by one
 
 _CHECK_TOLERANCE = 1e-2  # above the noise of TF32 and of cancelling sums, far below what a missed use of a weight does
 
@@ -40,23 +43,27 @@ class _Call:
     output: Tensor
 
 
-Contraction = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+Contraction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def _linear(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, m, out·in) and (B, m, out) from inputs (B, …, in) and delta (m, B, …, out)."""
-    outputs, batch = delta.shape[:2]
+def _linear_weight(module: nn.Module, inputs: Tensor, delta: Tensor) -> Tensor:
+    """(B, m, out·in) from inputs (B, …, in) and delta (m, B, …, out)."""
+    outputs, batch, width = delta.shape[0], delta.shape[1], delta.shape[-1]
     if delta.dim() == 3:
-        bias = delta.transpose(0, 1)
-        return (bias[..., None] * inputs[:, None, None, :]).flatten(2), bias
-    delta = delta.reshape(outputs, batch, -1, delta.shape[-1]).permute(1, 0, 3, 2)  # (B, m, out, T)
+        return (delta.transpose(0, 1)[..., None] * inputs[:, None, None, :]).flatten(2)
+    delta = delta.reshape(outputs, batch, -1, width).permute(1, 2, 0, 3)
     inputs = inputs.reshape(batch, -1, inputs.shape[-1])  # (B, T, in)
-    weight = delta.reshape(batch, -1, delta.shape[-1]) @ inputs
-    return weight.view(batch, outputs, -1), delta.sum(-1)
+    weight = delta.reshape(batch, -1, outputs * width).mT @ inputs
+    return weight.view(batch, outputs, -1)
 
 
-def _conv2d(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, m, out·in/groups·kh·kw) and (B, m, out) from inputs (B, in, h, w) and delta (m, B, out, h', w')."""
+def _linear_bias(module: nn.Module, inputs: Tensor, delta: Tensor) -> Tensor:
+    """(B, m, out) from delta (m, B, …, out)."""
+    return delta.reshape(*delta.shape[:2], -1, delta.shape[-1]).sum(2).transpose(0, 1)
+
+
+def _conv2d_weight(module: nn.Module, inputs: Tensor, delta: Tensor) -> Tensor:
+    """(B, m, out·in/groups·kh·kw) from inputs (B, in, h, w) and delta (m, B, out, h', w')."""
     assert isinstance(module, nn.Conv2d)
     outputs, batch = delta.shape[:2]
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -68,12 +75,16 @@ def _conv2d(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, T
     patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)  # (B, in·kh·kw, T)
     patches = patches.view(batch, module.groups, -1, patches.shape[-1])
     delta = delta.reshape(outputs, batch, module.groups, module.out_channels // module.groups, -1)
-    weight = torch.einsum("mbgot,bgit->bmgoi", delta, patches)
-    return weight.reshape(batch, outputs, -1), delta.sum(-1).permute(1, 0, 2, 3).reshape(batch, outputs, -1)
+    return torch.einsum("mbgot,bgit->bmgoi", delta, patches).reshape(batch, outputs, -1)
 
 
-def _embedding(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, m, rows·width) from indices (B, …) and delta (m, B, …, width); an embedding has no bias."""
+def _conv2d_bias(module: nn.Module, inputs: Tensor, delta: Tensor) -> Tensor:
+    """(B, m, out) from delta (m, B, out, h', w')."""
+    return delta.flatten(3).sum(-1).transpose(0, 1)
+
+
+def _embedding_weight(module: nn.Module, inputs: Tensor, delta: Tensor) -> Tensor:
+    """(B, m, rows·width) from indices (B, …) and delta (m, B, …, width)."""
     assert isinstance(module, nn.Embedding)
     outputs, batch, width = delta.shape[0], delta.shape[1], delta.shape[-1]
     delta = delta.reshape(outputs, batch, -1, width).transpose(0, 1)  # (B, m, T, width)
@@ -82,24 +93,24 @@ def _embedding(module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor
         delta = delta * (index != module.padding_idx)
     weight = delta.new_zeros(batch, outputs, module.num_embeddings, width)
     weight.scatter_add_(2, index.expand_as(delta), delta)
-    return weight.flatten(2), delta.sum(2)
+    return weight.flatten(2)
 
 
-_CONTRACTIONS: dict[type[nn.Module], Contraction] = {
-    nn.Linear: _linear,
-    nn.Conv2d: _conv2d,
-    nn.Embedding: _embedding,
+_CONTRACTIONS: dict[type[nn.Module], dict[str, Contraction]] = {
+    nn.Linear: {"weight": _linear_weight, "bias": _linear_bias},
+    nn.Conv2d: {"weight": _conv2d_weight, "bias": _conv2d_bias},
+    nn.Embedding: {"weight": _embedding_weight},
 }
 
 
-def _contraction(module: nn.Module) -> Contraction | None:
+def _contractions(module: nn.Module) -> dict[str, Contraction] | None:
     """The hook route of a module, or None: subclasses count only where they keep the forward of their base."""
-    for base, contraction in _CONTRACTIONS.items():
+    for base, contractions in _CONTRACTIONS.items():
         if isinstance(module, base) and type(module).forward is base.forward:
             rescaled = isinstance(module, nn.Embedding) and (
                 module.max_norm is not None or module.scale_grad_by_freq or module.sparse
             )
-            return None if rescaled else contraction
+            return None if rescaled else contractions
     return None
 
 
@@ -131,14 +142,16 @@ class JacobianEngine:
         self._maps = [
             module
             for module in model.modules()
-            if _contraction(module) is not None
+            if _contractions(module) is not None
             and any(id(p) in self._columns for p in module.parameters(recurse=False))
         ]
         mapped = {id(p) for module in self._maps for p in module.parameters(recurse=False)}
         self._exact = {id(p) for p in self.parameters if id(p) not in mapped}
         self._calls: list[_Call] = []
         self._buffer: Tensor | None = None
+        self._vmaps = True
         self._proven = 0  # 1: on a batch of one row; 2: on several rows, which alone can show that samples mix
+        self._proven_together = False  # several outputs in one pass
 
     @property
     def exact_names(self) -> list[str]:
@@ -201,11 +214,14 @@ class JacobianEngine:
         if unproven:
             calls = self._route(calls, outputs)
         calls = [call for call in calls if self._hooks(call)]
+        together = min(observed, self._outputs_a_pass(calls)) > 1
+        unproven = unproven or (together and not self._proven_together)
         self._hooked(calls, outputs, seeds, jacobian)
         self._exactly(self._exact, outputs, seeds, jacobian)
         if unproven and bool(torch.isfinite(outputs).all()):
             self._prove(calls, outputs, seeds, jacobian)
             self._proven = max(self._proven, rows)
+            self._proven_together = self._proven_together or together
         return jacobian.view(batch * observed, self.size)
 
     def proven(self, rows: int) -> bool:
@@ -271,27 +287,60 @@ class JacobianEngine:
         return calls
 
     def _hooked(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
-        deltas: list[list[Tensor]] = [[] for _ in calls]
-        for seed in seeds.unbind(1) if calls else ():
-            grads = torch.autograd.grad(outputs, [c.output for c in calls], seed, retain_graph=True, allow_unused=True)
-            for kept, grad in zip(deltas, grads, strict=True):
-                if grad is not None:
-                    kept.append(grad)
-        reached = ((call, kept) for call, kept in zip(calls, deltas, strict=True) if len(kept) == seeds.shape[1])
-        self._contract(((call.module, call.input, torch.stack(kept)) for call, kept in reached), jacobian)
+        """Backward passes to the outputs of the maps, for a few outputs at once, each contracted before the next."""
+        at_once = self._outputs_a_pass(calls)
+        for first in range(0, seeds.shape[1], at_once):
+            some = slice(first, first + at_once)
+            reached, deltas = self._backward([call.output for call in calls], outputs, seeds[:, some].transpose(0, 1))
+            made = ((calls[i].module, calls[i].input, delta) for i, delta in zip(reached, deltas, strict=True))
+            self._contract(made, jacobian[:, some])
+
+    def _outputs_a_pass(self, calls: list[_Call]) -> int:
+        """How many outputs share one vmapped backward pass.
+
+        A function of shapes alone, so that no run depends on its machine. Small tensors are all overhead, and one pass
+        for several outputs saves most of it; large ones run no faster together, and take their number times the memory.
+        """
+        largest = max((call.output.numel() for call in calls), default=1)
+        return max(1, _PASS_ELEMENTS // largest) if self._vmaps else 1
+
+    def _backward(self, targets: list[Tensor], outputs: Tensor, seeds: Tensor) -> tuple[list[int], Sequence[Tensor]]:
+        """Which targets the outputs depend on, and the gradients (k, …) to those from seeds (k, B, C)."""
+        reached: list[int] = []
+
+        def gradients(seed: Tensor) -> list[Tensor]:
+            grads = torch.autograd.grad(outputs, targets, seed, retain_graph=True, allow_unused=True)
+            reached[:] = [index for index, grad in enumerate(grads) if grad is not None]
+            return [grad for grad in grads if grad is not None]
+
+        if not targets:
+            return [], []
+        if len(seeds) > 1:
+            try:
+                with warnings.catch_warnings():
+                    # Of operations that vmap has no rule for, and runs once an output: as a loop would.
+                    warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                    return reached, torch.vmap(gradients)(seeds)
+            except RuntimeError as error:
+                self._vmaps = False
+                log.info("the backward pass cannot be vmapped, and runs once an output: %s", error)
+        if len(seeds) == 1:
+            return reached, [grad[None] for grad in gradients(seeds[0])]
+        each = [gradients(seed) for seed in seeds]
+        return reached, [torch.stack(grads) for grads in zip(*each, strict=True)]
 
     def _contract(self, deltas: Iterable[tuple[nn.Module, Tensor, Tensor]], jacobian: Tensor) -> None:
         """Write into J (B, m, n) what inputs (B, …) and δ (m, B, …) of maps give; other columns of this route are 0."""
         written = set(self._exact)
         for module, given, delta in deltas:
             inputs = given.to(jacobian.dtype) if given.is_floating_point() else given
-            contraction = _contraction(module)
-            assert contraction is not None
-            parts = contraction(module, inputs, delta.to(jacobian.dtype))
-            for name, part in zip(("weight", "bias"), parts, strict=True):
-                key = id(getattr(module, name, None))
+            contractions = _contractions(module)
+            assert contractions is not None
+            for name, contraction in contractions.items():
+                key = id(getattr(module, name))
                 if key not in self._columns or key in self._exact:
                     continue
+                part = contraction(module, inputs, delta.to(jacobian.dtype))
                 if key in written:  # the module was called more than once
                     jacobian[:, :, self._columns[key]] += part
                 else:

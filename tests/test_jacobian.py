@@ -446,6 +446,53 @@ def test_peft_adapters(name: str, dtype: torch.dtype, tolerance: float) -> None:
             assert_close(got[row, index], torch.cat([g.flatten() for g in grads]), tolerance)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize("name", ["bert-lora-head", "bert-dora", "convnext-lora-head", "convnext-lora-convolutions"])
+def test_outputs_that_share_a_pass(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(name, torch.float64)
+    wrapped = Net(lambda m, x: m.model(x).logits, model=model)
+    engine = JacobianEngine(wrapped, trainable(wrapped))
+    monkeypatch.setattr(engine, "_outputs_a_pass", lambda calls: at_once)
+    passes: list[int] = []
+    backward = engine._backward
+    engine._backward = lambda t, o, seeds: passes.append(len(seeds)) or backward(t, o, seeds)  # type: ignore
+    contrast = real(5, 3).double()
+    got = engine_rows(engine, wrapped, x, contrast)
+    assert passes == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 5: [5]}[at_once]
+    outputs = model(x).logits
+    for row in range(len(x)):
+        for index, direction in enumerate(contrast):
+            grads = torch.autograd.grad(outputs[row] @ direction, engine.parameters, retain_graph=True)
+            assert_close(got[row, index], torch.cat([g.flatten() for g in grads]), 1e-10)
+
+
+class Stubborn(torch.autograd.Function):
+    """The identity, with a backward that looks at numbers, which no vmap can."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * (2.0 if float(grad.sum()) > 1e30 else 1.0)
+
+
+def test_a_backward_that_cannot_be_vmapped_runs_once_an_output(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = two(lambda m, x: m.b(Stubborn.apply(torch.tanh(m.a(x)))))().double()
+    plain = two(lambda m, x: m.b(torch.tanh(m.a(x))))().double()
+    plain.load_state_dict(model.state_dict())
+    engine = JacobianEngine(model, trainable(model))
+    with caplog.at_level(logging.INFO, "loko.jacobian"):
+        for seed in range(2):
+            x = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            _, want = jacrev(copy.deepcopy(plain), engine.names, x)
+            assert_close(engine_rows(engine, model, x), want, 1e-10)
+    assert engine.exact_names == []
+    assert sum("cannot be vmapped" in message for message in caplog.messages) == 1
+
+
 def test_all_of_bert() -> None:
     """Full fine-tuning: embeddings, positions, norms and attention, on both routes together."""
     model = Net(lambda m, x: m.model(x).logits, model=bert().double().eval())
