@@ -16,7 +16,7 @@ filter hands in an all-reduce. Whatever is a choice that rounding could make oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,6 +34,23 @@ CEILING = 1e20
 """Largest variance kept. Forgetting inflates what no row excites (an embedding never looked up) without end."""
 
 Reduce = Callable[[Tensor], Tensor]
+
+
+_BLOCK_ELEMENTS = {"cpu": 2**18}
+"""Elements of J worked on at once: on a CPU few enough to stay in its cache, elsewhere enough to fill the device."""
+
+_WHOLE_ELEMENTS = 2**21
+"""Up to here there is one block only: what is made of it is kept, which saves more time than the cache does."""
+
+
+def _blocks(jacobian: Tensor, more: int = 0) -> Iterator[slice]:
+    """Slices of the columns of J, for work that also holds ``more`` rows of the same width."""
+    count, size = jacobian.shape
+    elements = (count + more) * size
+    a_block = _BLOCK_ELEMENTS.get(jacobian.device.type, 2**24)
+    blocks = 1 if elements <= max(_WHOLE_ELEMENTS, a_block) else -(-elements // a_block)
+    width = max(1, -(-size // blocks))
+    return (slice(first, min(first + width, size)) for first in range(0, size, width))
 
 
 def _alone(partial: Tensor) -> Tensor:
@@ -86,7 +103,11 @@ class Diagonal:
 
     def project(self, jacobian: Tensor, reduce: Reduce = _alone, same: Reduce = _alone) -> DiagonalProjection:
         """Look at this covariance through J, (N, n)."""
-        return DiagonalProjection(self, jacobian, reduce((jacobian * self.variance) @ jacobian.mT).double())
+        outputs = jacobian.new_zeros(len(jacobian), len(jacobian), dtype=torch.float64)
+        for columns in _blocks(jacobian):
+            rows = jacobian[:, columns]
+            outputs += (rows * self.variance[columns]) @ rows.mT
+        return DiagonalProjection(self, jacobian, reduce(outputs))
 
     def marginal(self, reduce: Reduce = _alone) -> Tensor:
         """Variance of every parameter, (n,)."""
@@ -121,11 +142,15 @@ class DiagonalProjection:
         innovation, _ = cholesky(whitened_innovation(self.outputs, root))
         identity = torch.eye(len(self.outputs), dtype=root.dtype, device=root.device)
         rows = torch.linalg.solve_triangular(innovation, times_blocks(root, identity), upper=False)
-        shrink = (rows.to(self.jacobian.dtype) @ self.jacobian).square_().sum(0)
-        variance = self.covariance.variance
-        # 1 − p·colsum is rounding noise below eps: no step may shrink a variance further than it can know.
-        kept = (1.0 - variance * shrink).clamp_min_(torch.finfo(variance.dtype).eps)
-        return Diagonal((variance * kept).clamp_min_(FLOOR))
+        rows = rows.to(self.jacobian.dtype)
+        variance = torch.empty_like(self.covariance.variance)
+        for columns in _blocks(self.jacobian):
+            before = self.covariance.variance[columns]
+            shrink = (rows @ self.jacobian[:, columns]).square_().sum(0)
+            # 1 − p·colsum is rounding noise below eps: no step may shrink a variance further than it can know.
+            kept = shrink.mul_(before).neg_().add_(1.0).clamp_min_(torch.finfo(before.dtype).eps)
+            torch.mul(before, kept, out=variance[columns])
+        return Diagonal(variance.clamp_min_(FLOOR))
 
 
 @dataclass(frozen=True)
@@ -172,27 +197,26 @@ class LowRank:
         Gram matrix of the rows ``J̃ M``: never negative, and without Woodbury's difference of two large numbers, which
         float32 cannot hold once the data have made J's outputs certain.
         """
-        scale, factor, gram, shrink = self._whitened(reduce)
-        rows = jacobian * scale
-        cross = reduce(rows @ factor.mT).double()
-        rows.addmm_((cross @ shrink).to(rows.dtype), factor, alpha=-1.0)
-        outputs = reduce(rows @ rows.mT).double()
-        outputs = (outputs + outputs.mT) / 2
-        return LowRankProjection(self, scale, factor, rows, gram, cross, shrink, outputs, reduce, same)
-
-    def _whitened(self, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U^(-½), W̃, W̃ W̃ᵀ and T."""
-        scale = self.precision.rsqrt()
-        factor = self.factor * scale
-        gram = reduce(factor @ factor.mT).double()
-        gram = (gram + gram.mT) / 2
-        values, vectors = torch.linalg.eigh(gram)
-        root = (1.0 + values.clamp_min(0)).sqrt()
-        return scale, factor, gram, (vectors / (root * (root + 1.0))) @ vectors.mT  # T, without dividing by a small g
+        rank, count = len(self.factor), len(jacobian)
+        seen = LowRankView(self, jacobian)
+        sums = jacobian.new_zeros(rank + count, rank, dtype=torch.float64)
+        for _, stacked in seen.blocks():
+            sums += stacked @ stacked[:rank].mT
+        gram, cross = reduce(sums).split([rank, count])
+        gram, shrink = _shrink(gram)
+        mix = (cross @ shrink).to(jacobian.dtype)
+        outputs = jacobian.new_zeros(count, count, dtype=torch.float64)
+        for _, stacked in seen.blocks():
+            rows = torch.addmm(stacked[rank:], mix, stacked[:rank], alpha=-1.0)
+            outputs += rows @ rows.mT
+        outputs = reduce(outputs)
+        return LowRankProjection(seen, gram, cross, shrink, (outputs + outputs.mT) / 2, reduce, same)
 
     def marginal(self, reduce: Reduce = _alone) -> Tensor:
         """Variance of every parameter, (n,): the squared rows of U^(-½) M."""
-        scale, factor, gram, shrink = self._whitened(reduce)
+        scale = self.precision.rsqrt()
+        factor = self.factor * scale
+        gram, shrink = _shrink(reduce(factor @ factor.mT).double())
         explained = (factor.mT @ (2 * shrink - shrink @ gram @ shrink).to(factor.dtype)) * factor.mT
         return (scale.square() * (1.0 - explained.sum(1))).clamp_min(FLOOR)
 
@@ -208,24 +232,53 @@ class LowRank:
         return (self.precision >= 1.0 / FLOOR).sum()
 
 
+def _shrink(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """W̃ W̃ᵀ made symmetric, and T of ``LowRank.project``."""
+    gram = (gram + gram.mT) / 2
+    values, vectors = torch.linalg.eigh(gram)
+    root = (1.0 + values.clamp_min(0)).sqrt()
+    return gram, (vectors / (root * (root + 1.0))) @ vectors.mT  # without dividing by a small g
+
+
+@dataclass(frozen=True)
+class LowRankView:
+    """A low-rank covariance beside a Jacobian, a block of columns at a time: neither is ever copied whole."""
+
+    covariance: LowRank
+    jacobian: Tensor
+    made: list[Tensor] = field(default_factory=list, repr=False)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns, and ``[W̃; J̃]`` of them, (L + N, width), good until the next block; made once where one holds all."""
+        blocks = list(_blocks(self.jacobian, len(self.covariance.factor)))
+        for columns in blocks:
+            if len(blocks) > 1 or not self.made:
+                self._make(columns)
+            yield columns, self.made[0]
+
+    def _make(self, columns: slice) -> None:
+        factor = self.covariance.factor[:, columns]
+        rank, width = factor.shape
+        if not self.made or self.made[0].shape[1] != width:
+            self.made[:] = [factor.new_empty(rank + len(self.jacobian), width)]
+        scale = self.covariance.precision[columns].rsqrt()
+        torch.mul(factor, scale, out=self.made[0][:rank])
+        torch.mul(self.jacobian[:, columns], scale, out=self.made[0][rank:])
+
+
 @dataclass(frozen=True)
 class LowRankProjection:
     """A low-rank covariance seen through J; see ``LowRank.project``.
 
     Attributes:
-        scale: U^(-½), (n,).
-        factor: W̃, (L, n).
-        rows: J̃ M, (N, n).
+        seen: the covariance and J.
         gram: W̃ W̃ᵀ, (L, L) float64.
         cross: J̃ W̃ᵀ, (N, L) float64.
         shrink: T, (L, L) float64.
         outputs: K, (N, N) float64.
     """
 
-    covariance: LowRank
-    scale: Tensor
-    factor: Tensor
-    rows: Tensor
+    seen: LowRankView
     gram: Tensor
     cross: Tensor
     shrink: Tensor
@@ -235,9 +288,16 @@ class LowRankProjection:
 
     def mean_step(self, weights: Tensor) -> Tensor:
         """``P Jᵀ w = U^(-½) M (J̃ M)ᵀ w``, (n,)."""
-        moved = self.rows.mT @ weights.to(self.rows.dtype)
-        along = self.shrink @ self.reduce(self.factor @ moved).double()
-        return self.scale * (moved - self.factor.mT @ along.to(moved.dtype))
+        rank = len(self.gram)
+        own = torch.cat([-(self.cross @ self.shrink).mT @ weights, weights])  # (J̃ M)ᵀ w = own · [W̃; J̃]
+        moved = torch.empty_like(self.seen.covariance.precision)
+        along = torch.zeros_like(own[:rank])
+        for columns, stacked in self.seen.blocks():
+            torch.mv(stacked.mT, own.to(stacked.dtype), out=moved[columns])
+            along += stacked[:rank] @ moved[columns]
+        back = (self.shrink @ self.reduce(along)).to(moved.dtype)
+        scale = self.seen.covariance.precision.rsqrt()
+        return moved.sub_((self.seen.covariance.factor.mT @ back).mul_(scale)).mul_(scale)
 
     def condition(self, root: Tensor) -> LowRank:
         """Append the whitened rows ``G J`` to W, keep the L strongest directions, and move the rest into u.
@@ -256,17 +316,29 @@ class LowRankProjection:
         gram[rank:, :rank] = times_blocks(root, self.cross)
         gram[:rank, rank:] = gram[rank:, :rank].mT
         gram[rank:, rank:] = times_blocks(root, times_blocks(root, unshrunk).mT)
+        covariance = self.seen.covariance
         if not bool(torch.isfinite(gram).all()):
-            return LowRank(torch.full_like(self.covariance.precision, torch.nan), self.covariance.factor)
+            return LowRank(torch.full_like(covariance.precision, torch.nan), covariance.factor)
         _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)  # ascending
         vectors = self.same(vectors)  # each slice of a direction with the same sign
-        mixing = torch.eye(rank + count, dtype=gram.dtype, device=gram.device)  # [W̃; G J̃] = mixing [W̃; rows]
-        mixing[rank:, :rank] = times_blocks(root, mix)
-        mixing[rank:, rank:] = times_blocks(root, mixing[rank:, rank:])
-        mixing = (vectors.mT @ mixing).to(self.rows.dtype)
-        directions = (mixing[:, :rank] @ self.factor).addmm_(mixing[:, rank:], self.rows).div_(self.scale)
-        precision = self.covariance.precision + directions[:count].square().sum(0)
-        return LowRank(precision.clamp_max_(1.0 / FLOOR), directions[count:])
+        dtype = covariance.factor.dtype
+        few = count <= 2 * rank
+        wanted = vectors if few else vectors[:, count:]
+        mixing = torch.cat([wanted[:rank].mT, times_blocks(root.mT, wanted[rank:]).mT], 1).to(dtype)
+        strong, root = vectors[:, count:].to(dtype), root.to(dtype)
+        precision, factor = torch.empty_like(covariance.precision), torch.empty_like(covariance.factor)
+        for columns, stacked in self.seen.blocks():
+            kept = mixing @ stacked
+            # The squares of what is cut, not a difference of squares, which could not be told from zero.
+            if few:
+                cut, kept = kept[:count].square().sum(0), kept[count:]
+            else:  # what the strong directions leave of each row, instead of as many weak directions
+                cut = torch.addmm(stacked[:rank], strong[:rank], kept, alpha=-1.0).square_().sum(0)
+                cut += times_blocks(root, stacked[rank:]).addmm_(strong[rank:], kept, alpha=-1.0).square_().sum(0)
+            before = covariance.precision[columns]
+            torch.addcmul(before, before, cut, out=precision[columns])
+            torch.mul(kept, before.sqrt(), out=factor[:, columns])
+        return LowRank(precision.clamp_max_(1.0 / FLOOR), factor)
 
 
 COVARIANCES: dict[str, type[Covariance]] = {"diagonal": Diagonal, "low_rank": LowRank}

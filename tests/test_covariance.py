@@ -60,6 +60,30 @@ def test_truncation_keeps_the_strongest_directions_and_the_diagonal_of_the_preci
     close(after.precision + after.factor.square().sum(0), before.diagonal())
 
 
+@pytest.mark.parametrize("count", [2, 20])
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
+def test_blocks_of_columns_together_are_the_whole(
+    kind: str, rank: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    start, root = torch.rand(30).double() + 0.1, torch.randn(count // 2, 2, 2).double()
+    jacobians, w = torch.randn(3, count, 30).double(), torch.randn(count).double()
+
+    def steps() -> list[Tensor]:
+        covariance, found = COVARIANCES[kind].start(start, rank), []
+        for jacobian in jacobians:
+            prior = covariance.project(jacobian)
+            found += [prior.outputs, prior.mean_step(w)]
+            covariance = prior.condition(root)
+        return [*found, dense(covariance)]
+
+    whole = steps()
+    monkeypatch.setattr("loko.covariance._WHOLE_ELEMENTS", 0)
+    monkeypatch.setattr("loko.covariance._BLOCK_ELEMENTS", {"cpu": 100})
+    for mine, theirs in zip(steps(), whole, strict=True):
+        close(mine, theirs)
+
+
 @pytest.mark.parametrize(("kind", "rank"), KINDS)
 def test_the_units_of_the_parameters_change_nothing(kind: str, rank: int) -> None:
     """A parameter counted in thousandths has a thousandfold standard deviation and a thousandth of the slope."""
