@@ -107,7 +107,7 @@ def searched(stream: Stream, name: str, settings: Settings) -> Plain:
     part = stream.part(True, settings.rows, 0)
     plain = {
         "name": f"{stream.name}-{name}",
-        "experiment": {**stream.experiment(part), "heldout": None, "near_future": 0},
+        "experiment": {**stream.experiment(part), "heldout": None, "near_future": 0, "report_every": EVERY},
         "candidates": {name: candidate},
         "search": {
             "trials": settings.trials,
