@@ -67,7 +67,7 @@ class LokoConfig(_Strict):
     covariance: Literal["low_rank", "diagonal"] = Field("low_rank", description="kind of parameter covariance")
     rank: int = Field(16, ge=0, description="rank L of low_rank")
     initial_covariance: _Variance = Field(
-        0.3, description="variance p0 before the first row; auto: the first batch sets it"
+        "auto", description="variance p0 before the first row; auto: the first batch sets it"
     )
     initial_distribution: Literal["constant", "uniform"] = Field("constant", description="p0, or U(0, p0]")
     scales: dict[str, float] = Field(default_factory=dict, description="factors on p0 by group: A, B, head, other")
@@ -84,6 +84,9 @@ class LokoConfig(_Strict):
         1024.0, gt=0, description="most memory for J; beyond it fewer outputs are observed"
     )
     forgetting: float = Field(1.0, gt=0, le=1, description="forgetting factor λ a step")
+    scale_adaptation: float = Field(
+        0.2, ge=0, le=1, description="rate μ at which the scale of P follows the online loss; 0 leaves P alone"
+    )
     drift_adaptation: float = Field(
         0.0, ge=0, le=1, description="share of the start that P goes back to when innovations are larger than usual"
     )

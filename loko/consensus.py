@@ -46,8 +46,12 @@ class Consensus:
             )
         if optimizer.settings.get("initial_covariance") == "auto":
             raise ValueError("sync_every does not go with initial_covariance = 'auto': each rank would set its own")
-        if optimizer.settings["drift_adaptation"] > 0:
-            raise ValueError("sync_every does not go with drift_adaptation > 0: each rank would see its own drift")
+        for key in ("scale_adaptation", "drift_adaptation"):
+            if optimizer.settings[key] > 0:
+                raise ValueError(
+                    f"sync_every does not go with {key} = {optimizer.settings[key]:g}: each rank would follow its own "
+                    f"rows, and the posteriors have to share their prior; set {key}: 0"
+                )
         self.optimizer = optimizer
         self._prior: Covariance
         self._ranks = Ranks(group, optimizer.parameters[0].device)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from loko.filter import cholesky, times_blocks, whitened_innovation
 
-__all__ = ["COVARIANCES", "FLOOR", "Covariance", "Diagonal", "LowRank", "Projection", "initial_variance"]
+__all__ = ["COVARIANCES", "FLOOR", "Covariance", "Diagonal", "LowRank", "Projection", "alone", "initial_variance"]
 
 FLOOR = 1e-20
 """Smallest variance kept, in float32's range with room for its square root; entries held there are counted."""
@@ -53,7 +53,8 @@ def _blocks(jacobian: Tensor, more: int = 0) -> Iterator[slice]:
     return (slice(first, min(first + width, size)) for first in range(0, size, width))
 
 
-def _alone(partial: Tensor) -> Tensor:
+def alone(partial: Tensor) -> Tensor:
+    """The sum over one rank."""
     return partial
 
 
@@ -74,10 +75,10 @@ class Covariance(Protocol):
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Covariance: ...
     def predict(
-        self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = _alone
+        self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone
     ) -> Covariance: ...
-    def project(self, jacobian: Tensor, reduce: Reduce = _alone, same: Reduce = _alone) -> Projection: ...
-    def marginal(self, reduce: Reduce = _alone) -> Tensor: ...
+    def project(self, jacobian: Tensor, reduce: Reduce = alone, same: Reduce = alone) -> Projection: ...
+    def marginal(self, reduce: Reduce = alone) -> Tensor: ...
     def state(self) -> dict[str, Tensor]: ...
     def at_floor(self) -> Tensor: ...
 
@@ -97,11 +98,11 @@ class Diagonal:
         """The diagonal has no rank; the argument keeps the constructors alike."""
         return cls(variance)
 
-    def predict(self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = _alone) -> Diagonal:
+    def predict(self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone) -> Diagonal:
         """``p ← p / λ + q``; λ in (0, 1] and q ≥ 0 are scalars or (n,)."""
         return Diagonal((self.variance / forgetting + process_noise).clamp_max_(CEILING))
 
-    def project(self, jacobian: Tensor, reduce: Reduce = _alone, same: Reduce = _alone) -> DiagonalProjection:
+    def project(self, jacobian: Tensor, reduce: Reduce = alone, same: Reduce = alone) -> DiagonalProjection:
         """Look at this covariance through J, (N, n)."""
         outputs = jacobian.new_zeros(len(jacobian), len(jacobian), dtype=torch.float64)
         for columns in _blocks(jacobian):
@@ -109,7 +110,7 @@ class Diagonal:
             outputs += (rows * self.variance[columns]) @ rows.mT
         return DiagonalProjection(self, jacobian, reduce(outputs))
 
-    def marginal(self, reduce: Reduce = _alone) -> Tensor:
+    def marginal(self, reduce: Reduce = alone) -> Tensor:
         """Variance of every parameter, (n,)."""
         return self.variance
 
@@ -173,7 +174,7 @@ class LowRank:
         """A diagonal start from variances (n,), with room for ``rank`` directions."""
         return cls(1.0 / variance, variance.new_zeros(rank, len(variance)))
 
-    def predict(self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = _alone) -> LowRank:
+    def predict(self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone) -> LowRank:
         """``P ← P / λ + diag(q)``, exactly: the sum stays low rank plus diagonal.
 
         With ``s = 1 + q u``: ``u ← u / s``, ``W ← (I + W diag(q / s) Wᵀ)^(-½) W / s`` (after the scaling by λ).
@@ -189,7 +190,7 @@ class LowRank:
             precision = precision / scale
         return LowRank(precision.clamp_min(1.0 / CEILING), factor)
 
-    def project(self, jacobian: Tensor, reduce: Reduce = _alone, same: Reduce = _alone) -> LowRankProjection:
+    def project(self, jacobian: Tensor, reduce: Reduce = alone, same: Reduce = alone) -> LowRankProjection:
         """Look at this covariance through J, (N, n), by a square root of it.
 
         With everything scaled by U^(-½), ``W̃ = W U^(-½)`` and ``J̃ = J U^(-½)``, the covariance is ``M²`` for
@@ -212,7 +213,7 @@ class LowRank:
         outputs = reduce(outputs)
         return LowRankProjection(seen, gram, cross, shrink, (outputs + outputs.mT) / 2, reduce, same)
 
-    def marginal(self, reduce: Reduce = _alone) -> Tensor:
+    def marginal(self, reduce: Reduce = alone) -> Tensor:
         """Variance of every parameter, (n,): the squared rows of U^(-½) M."""
         scale = self.precision.rsqrt()
         factor = self.factor * scale

@@ -19,7 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Innovation", "Linearization", "cholesky", "diagonal_blocks", "innovate", "innovate_logits", "times_blocks"]
+__all__ = [
+    "Innovation",
+    "Linearization",
+    "cholesky",
+    "diagonal_blocks",
+    "innovate",
+    "innovate_logits",
+    "resolve",
+    "times_blocks",
+]
 
 _FIRST_JITTER = 1e-12
 _LAST_JITTER = 1e-2
@@ -33,10 +42,17 @@ class Linearization:
         residual: e = y − ŷ, shape (B, m).
         link: Λ(ȳ) = ∂ŷ/∂logits along the directions that J has rows for, taken at ŷ (tangent) or between ŷ and y
             (secant), shape (B, m, k); k = m unless the observation was narrowed.
+        along: gradient of the log-likelihood along those directions, shape (B, k), where it is not the residual.
     """
 
     residual: Tensor
     link: Tensor
+    along: Tensor | None = None
+
+    @property
+    def score(self) -> Tensor:
+        """Gradient of the log-likelihood with respect to the outputs that J has rows for, (B, k)."""
+        return self.residual if self.along is None else self.along
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,18 @@ def innovate_logits(prior: Tensor, observed: Linearization, excess: Tensor | Non
     certain = torch.finfo(torch.float32).eps
     unscaled = vectors @ ((vectors.mT @ observed.residual[..., None]) / values.clamp_min(certain)[..., None])
     return Innovation(weights[:, 0], root, unscaled.reshape(-1) @ weights[:, 0], jitters)
+
+
+def resolve(prior: Tensor, root: Tensor, vector: Tensor) -> Tensor:
+    """``Gᵀ (I + G K Gᵀ)⁻¹ G v``: what an update takes off an error v (N) of the outputs, in the units of weights.
+
+    Args:
+        prior: K, (N, N).
+        root: G, (B, m, k), of an :class:`Innovation`.
+        vector: v, (N,).
+    """
+    factor, _ = cholesky(whitened_innovation(prior, root))
+    return times_blocks(root.mT, torch.cholesky_solve(times_blocks(root, vector[:, None]), factor))[:, 0]
 
 
 def whitened_innovation(prior: Tensor, root: Tensor) -> Tensor:

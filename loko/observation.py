@@ -316,9 +316,10 @@ def narrow(
         columns = torch.cat([gradient / scale, columns[..., : count - 1]], dim=2)
     basis = torch.linalg.qr(columns).Q  # (B, C, k)
     link = model.times_link(point, basis)
+    along = (basis.mT @ residual[..., None])[..., 0]
     if noise is None:
-        return Linearization((basis.mT @ residual[..., None])[..., 0], basis.mT @ link), basis.mT
-    return Linearization(residual[:, kept], link[:, kept]), basis.mT
+        return Linearization(along, basis.mT @ link), basis.mT
+    return Linearization(residual[:, kept], link[:, kept], along), basis.mT
 
 
 def _check_shape(name: str, outputs: Tensor, labels: Tensor) -> None:

@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, initial_variance
+from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance
 from loko.distributed import Exact, Ranks
 from loko.filter import Innovation, Linearization, diagonal_blocks
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
 from loko.prediction import Prediction
+from loko.scale import Scale
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ PAPER: dict[str, Any] = {
     "noise": "ema",
     "linearization": 0.0,
     "output_tolerance": 0.0,
+    "scale_adaptation": 0.0,
     "initial_distribution": "uniform",
     "initial_covariance": 1.0,
 }
@@ -47,7 +49,7 @@ _RECENT, _USUAL = 0.7, 0.99
 _SETTLED = 20
 """Steps before the innovation test says anything: by then R has been estimated."""
 
-_STATE_KEYS = ("parameters", "covariance", "noise", "counters")
+_STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale")
 _GROUP_SETTINGS = ("initial_covariance", "forgetting", "process_noise")
 
 
@@ -156,6 +158,9 @@ class LoKO(torch.optim.Optimizer):
             with ``max_outputs``; the choice is logged once. A fixed number, so that no run depends on its machine.
         linearization: ω in [0, 1]: 0 linearises at the prediction (tangent), ω > 0 on the way to the label (secant).
         forgetting: λ in (0, 1]; below one the covariance grows by 1/λ a step.
+        scale_adaptation: μ in [0, 1]: the scale of P follows the online loss, by about a factor exp(μ) a step at most
+            (``loko.scale``), so that p₀ need not be right and a drift is met with larger steps. 0 leaves P alone. Takes
+            one float a parameter.
         drift_adaptation: α in [0, 1]. Above 0, a step that follows innovations larger than usual starts from
             ``(1 − a) P + a P₀`` with ``a = α · min(1, max(0, surprise − 1))``: P goes back towards the start, and never
             beyond it. 0 leaves P alone.
@@ -177,7 +182,7 @@ class LoKO(torch.optim.Optimizer):
         *,
         covariance: str = "low_rank",
         rank: int = 16,
-        initial_covariance: float | Literal["auto"] = 0.3,
+        initial_covariance: float | Literal["auto"] = "auto",
         initial_distribution: str = "constant",
         scales: dict[str, float] | None = None,
         noise: str = "ema",
@@ -189,6 +194,7 @@ class LoKO(torch.optim.Optimizer):
         max_outputs: int | None = None,
         jacobian_megabytes: float = 1024.0,
         forgetting: float = 1.0,
+        scale_adaptation: float = 0.2,
         drift_adaptation: float = 0.0,
         process_noise: float = 0.0,
         observation: str | ObservationModel = "categorical",
@@ -205,6 +211,7 @@ class LoKO(torch.optim.Optimizer):
         _in_range("noise_excess", noise_excess, 0 <= noise_excess < math.inf, "finite and >= 0")
         _in_range("linearization", linearization, 0 <= linearization <= 1, "in [0, 1]")
         _in_range("output_tolerance", output_tolerance, 0 <= output_tolerance < 1, "in [0, 1)")
+        _in_range("scale_adaptation", scale_adaptation, 0 <= scale_adaptation <= 1, "in [0, 1]")
         _in_range("drift_adaptation", drift_adaptation, 0 <= drift_adaptation <= 1, "in [0, 1]")
         _in_range("max_outputs", max_outputs, max_outputs is None or max_outputs >= 1, ">= 1, or None")
         _in_range("jacobian_megabytes", jacobian_megabytes, jacobian_megabytes > 0, "> 0")
@@ -222,10 +229,12 @@ class LoKO(torch.optim.Optimizer):
                 "the model has no trainable parameter: wrap it with peft.get_peft_model, or set requires_grad=True on "
                 "the parameters that are to learn"
             )
-        auto = initial_covariance == "auto"
-        if auto and any(isinstance(g, dict) and "initial_covariance" in g for g in groups):
+        given = [isinstance(g, dict) and "initial_covariance" in g for g in groups]
+        auto = initial_covariance == "auto" and not all(given)
+        if auto and any(given):
             raise ValueError(
-                "initial_covariance = 'auto' sets one scale for all groups; give groups factors on it through scales"
+                "some groups set initial_covariance and some leave it to 'auto', which sets one scale for all: set it "
+                "in every group, or give groups factors on it through scales"
             )
         super().__init__(
             groups,
@@ -249,6 +258,7 @@ class LoKO(torch.optim.Optimizer):
             "output_tolerance": output_tolerance,
             "max_outputs": max_outputs,
             "jacobian_megabytes": jacobian_megabytes,
+            "scale_adaptation": scale_adaptation,
             "drift_adaptation": drift_adaptation,
             "observation": observation,
             "max_skipped": max_skipped,
@@ -262,6 +272,7 @@ class LoKO(torch.optim.Optimizer):
         self._world = Exact(self._engine.size, group, device)
         variance = self._initial_variance(seed).to(device, self._engine.dtype)
         self._covariance: Covariance = COVARIANCES[covariance].start(variance[self._world.own].clone(), rank)
+        self._scale = Scale(torch.zeros_like(variance[self._world.own])) if scale_adaptation > 0 else None
         self._noise_state: Tensor | None = None
         self._contrast: Tensor | None = None
         self._counters = _Counters()
@@ -432,8 +443,10 @@ class LoKO(torch.optim.Optimizer):
             self._observation, outputs, labels, weight, tolerance=tolerance, limit=limit, noise=noise
         )
         # What is left out, and the basis of what is not, are choices.
-        residual, link, directions = self._world.same_of([observed.residual, observed.link, directions], resize=True)
-        return Linearization(residual, link), directions
+        residual, link, along, directions = self._world.same_of(
+            [observed.residual, observed.link, observed.score, directions], resize=True
+        )
+        return Linearization(residual, link, along), directions
 
     def _output_limit(self, limit: int | None, outputs: Tensor) -> int:
         """Most outputs that the settings and the memory for J allow."""
@@ -471,6 +484,8 @@ class LoKO(torch.optim.Optimizer):
             return False
         scale = self._start_scale(jacobian, directions)
         start = self._covariance if scale is None else self._covariance.predict(1.0 / scale, 0.0)
+        if self._scale is not None and self._scale.step != 0.0:
+            start = start.predict(1.0 / self._scale.factor, 0.0)
         predicted = self.predicted(start)
         prior = predicted.project(jacobian, self._world.reduce, self._world.same)
         innovation, noise = self._innovate(self._noise_state, prior.outputs, observed)
@@ -478,11 +493,13 @@ class LoKO(torch.optim.Optimizer):
         # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
         if not bool(torch.isfinite(innovation.weights).all()):
             return False
+        adapted = self._adapted(jacobian, prior, observed, innovation)
         posterior = prior.condition(innovation.root)
-        total = torch.stack([delta.sum().double(), *(value.sum().double() for value in posterior.state().values())])
+        changed = [delta, *posterior.state().values(), *([] if adapted is None else [adapted.trace])]
+        total = torch.stack([value.sum().double() for value in changed])
         if not bool(torch.isfinite(self._world.reduce(total)).all()):
             return False
-        self._covariance = posterior
+        self._covariance, self._scale = posterior, adapted
         for g in self.param_groups if scale is not None else ():
             g["initial_covariance"] *= scale
         self._noise_state = noise
@@ -492,6 +509,18 @@ class LoKO(torch.optim.Optimizer):
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
         torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
         return True
+
+    def _adapted(
+        self, jacobian: Tensor, prior: Projection, observed: Linearization, innovation: Innovation
+    ) -> Scale | None:
+        """The scale of P after a batch; None without ``scale_adaptation``."""
+        if self._scale is None:
+            return None
+
+        def reduce(partial: Tensor) -> Tensor:
+            return self._world.same(self._world.reduce(partial))
+
+        return self._scale.update(self._settings["scale_adaptation"], jacobian, prior, observed, innovation, reduce)
 
     def _innovate(self, state: Tensor, prior: Tensor, observed: Linearization) -> tuple[Innovation, Tensor]:
         """The innovation and the next noise, the same to the last bit on every rank: what follows branches on them."""
@@ -611,9 +640,10 @@ class LoKO(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """State of the filter in numbers, for logs: traces of P and R, consistency, counters. A collective call.
 
-        ``consistency`` is the running mean of the normalised innovation squared, eᵀS⁻¹e / N: about one when the filter
-        is consistent, below where R is estimated too large (``ema`` counts H P Hᵀ twice). ``surprise`` is that of the
-        last few steps over it: an alarm for drift.
+        ``scale`` is the product of all factors that ``scale_adaptation`` has put on P. ``consistency`` is the running
+        mean of the normalised innovation squared, eᵀS⁻¹e / N: about one when the filter is consistent, below where R is
+        estimated too large (``ema`` counts H P Hᵀ twice). ``surprise`` is that of the last few steps over it: an alarm
+        for drift.
         """
         marginal = self._covariance.marginal(self._world.reduce)
         result = {
@@ -632,6 +662,8 @@ class LoKO(torch.optim.Optimizer):
                 contrast = self._observation.contrast(outputs).to(noise)
                 noise = contrast.mT @ noise @ contrast  # of all outputs, whichever was dropped
             result["trace_r"] = float(noise.trace())
+        if self._scale is not None:
+            result["scale"] = math.exp(self._scale.log)
         if self._counters.steps > 0:
             result |= {"consistency": self._counters.consistency, "surprise": self._counters.surprise}
         return result
@@ -655,8 +687,13 @@ class LoKO(torch.optim.Optimizer):
             "covariance": covariance,
             "noise": None if self._noise_state is None else self._noise_state.clone(),
             "counters": {f.name: getattr(self._counters, f.name) for f in fields(_Counters)},
+            "scale": None if self._scale is None else self._scale_state(self._scale),
         }
         return state
+
+    def _scale_state(self, scale: Scale) -> dict[str, Any]:
+        values = {f.name: getattr(scale, f.name) for f in fields(Scale)}
+        return {**values, "trace": self._world.gather_columns(scale.trace).clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, of the same model and the same kind of covariance.
@@ -689,10 +726,15 @@ class LoKO(torch.optim.Optimizer):
                 f"this is the state of another covariance: {shapes} there, "
                 f"{whole} here; build LoKO with the settings the state was saved with"
             )
+        scale = loaded["scale"]
+        if (scale is None) is not (self._scale is None):
+            raise ValueError(
+                f"this state was saved {'without' if scale is None else 'with'} scale_adaptation and LoKO was built "
+                f"{'with' if scale is None else 'without'}; build it with the settings the state was saved with"
+            )
         noise = loaded["noise"]
-        if not all(
-            bool(torch.isfinite(value).all()) for value in [*given.values(), *([] if noise is None else [noise])]
-        ):
+        tensors = [*given.values(), *([] if noise is None else [noise]), *([] if scale is None else [scale["trace"]])]
+        if not all(bool(torch.isfinite(value).all()) for value in tensors):
             raise ValueError("the state holds values that are not finite; take an earlier checkpoint")
         super().load_state_dict(saved)
         some = next(iter(own.values()))
@@ -700,6 +742,8 @@ class LoKO(torch.optim.Optimizer):
             {key: value[..., self._world.own].to(some, copy=True).contiguous() for key, value in given.items()}
         )
         self._noise_state = None if noise is None else noise.to(some.device, copy=True)
+        if scale is not None:
+            self._scale = Scale(**{**scale, "trace": scale["trace"][self._world.own].to(some, copy=True)})
         self._counters = _Counters(**loaded["counters"])
 
     def _layout(self) -> list[str]:

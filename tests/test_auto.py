@@ -19,7 +19,7 @@ from tests.oracle import jacobian
 from tests.test_filter import OBSERVATIONS, Tiny, rows
 from tests.test_optimizer import assert_same, snapshot
 
-EXACT: dict[str, Any] = {"output_tolerance": 0.0, "initial_covariance": "auto"}
+EXACT: dict[str, Any] = {"output_tolerance": 0.0, "initial_covariance": "auto", "scale_adaptation": 0.0}
 
 
 def first_step(model: nn.Module, batch: int, observation: str, outputs: int, **settings: Any) -> LoKO:
@@ -137,11 +137,13 @@ def test_a_first_batch_that_is_skipped_sets_nothing() -> None:
 
 def test_repr_and_refusals() -> None:
     model = Tiny(3)
-    optimizer = LoKO(model, initial_covariance="auto")
-    assert "initial_covariance='auto'" in repr(optimizer)
-    assert "initial_covariance='auto'" not in repr(LoKO(model))
-    with pytest.raises(ValueError, match="one scale for all groups"):
-        LoKO(model, [{"params": list(model.parameters()), "initial_covariance": 1.0}], initial_covariance="auto")
+    assert "initial_covariance='auto'" in repr(LoKO(model))
+    assert "initial_covariance='auto'" not in repr(LoKO(model, initial_covariance=0.3))
+    first, *rest = model.parameters()
+    own = {"params": [first], "initial_covariance": 1.0}
+    with pytest.raises(ValueError, match="one scale for all"):
+        LoKO(model, [own, {"params": rest}])
+    assert "initial_covariance='auto'" not in repr(LoKO(model, [own]))  # nothing is left to it
     linear = nn.Linear(3, 3)
     silent = LoKO(linear, [linear.weight], initial_covariance="auto")
     with pytest.raises(ValueError, match="no parameter moves"):

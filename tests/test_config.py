@@ -19,7 +19,7 @@ def wrong(**changes: Any) -> str:
 def test_defaults_are_those_of_the_library() -> None:
     config = tiny.config(Path("rows"), optimizer={"name": "loko"})
     assert isinstance(config.optimizer, LokoConfig)
-    assert config.kalman_arguments()["initial_covariance"] == 0.3
+    assert config.kalman_arguments()["initial_covariance"] == "auto"
     assert config.kalman_arguments()["observation"] == "categorical"
     assert "name" not in config.kalman_arguments()
 

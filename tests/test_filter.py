@@ -69,7 +69,7 @@ def rows(observation: str, outputs: int, count: int, seed: int = 1) -> tuple[Ten
 
 
 def build(model: nn.Module, grouped: bool = False, **settings: Any) -> LoKO:
-    settings = {"initial_covariance": P0, "linearization": 0.0, **settings}
+    settings = {"initial_covariance": P0, "linearization": 0.0, "scale_adaptation": 0.0, **settings}
     return LoKO(model, groups_of(model, grouped), **settings)
 
 
@@ -154,7 +154,8 @@ def test_the_linear_gaussian_case_is_bayesian_regression_however_rows_are_batche
     model, noise, p0 = Regression(4, 2), 0.25, 2.0
     start = model.map.weight.detach().clone()
     x, y = torch.randn(12, 4, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
-    optimizer = LoKO(model, rank=24, noise="fixed", initial_noise=noise, initial_covariance=p0, observation="gaussian")
+    settings = {"initial_noise": noise, "initial_covariance": p0, "scale_adaptation": 0.0}
+    optimizer = LoKO(model, rank=24, noise="fixed", observation="gaussian", **settings)
     for first, last in itertools.pairwise([0, *sorted(cuts), 12]):
         optimizer.step(lambda a=first, b=last: (model(x[a:b]), y[a:b]))
     precision = torch.eye(4, dtype=torch.float64) / p0 + x.T @ x / noise  # of each output's row of weights

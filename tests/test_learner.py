@@ -217,7 +217,7 @@ def test_other_observations(name: str, observation: str, width: int) -> None:
 
 
 def test_the_learner_is_the_one_the_config_names() -> None:
-    config, task = setup(optimizer={"name": "loko", "scales": {"head": 2.0}})
+    config, task = setup(optimizer={"name": "loko", "initial_covariance": 0.3, "scales": {"head": 2.0}})
     learner = build_learner(config, task)
     assert isinstance(learner, KalmanLearner)
     covariances = {g["name"]: g["initial_covariance"] for g in learner.optimizer.param_groups}

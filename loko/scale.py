@@ -1,0 +1,93 @@
+"""The scale of P, learned on the way: a hypergradient of the online loss (docs/filter.md §11).
+
+How large P should start depends on the model, the stream and the noise by factors of a hundred, and after a drift it
+should be large again. Each step therefore begins with ``P ← s P``, and log s goes down the gradient of the negative
+log-likelihood of the rows that come next: where the last updates moved the outputs the way the new labels want them,
+they were too small, and s > 1; where the labels want them back, s < 1. This is IDBD's idea (Sutton 1992) carried over
+from a gain per weight to the covariance of a Kalman filter.
+
+With ``h = ∂θ/∂log s``, followed through the update by its own derivative,
+
+    g   = ∂NLL/∂log s = −scoreᵀ J h                            score = ∂log p(y | outputs)/∂outputs
+    h  ← γ h + P Jᵀ (w − Gᵀ (I + G K Gᵀ)⁻¹ G (K w + γ J h))
+
+where w, G and K are the step's own (``loko.filter``): what the bracket takes off w are the saturation of ``P Jᵀ w`` in P and
+the correction that the filter makes of its own mean. R and J count as constants. h also forgets, by ``γ`` a step: once s
+is so small that nothing is learned, an h that remembers how it came about would shrink s for ever. One more vector of n
+numbers, and one more mean update a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from loko.covariance import Projection, Reduce, alone
+from loko.filter import Innovation, Linearization, resolve
+
+__all__ = ["LIMIT", "Scale"]
+
+LIMIT = math.log(1e3)
+"""Largest |log| of all factors together: a stream that has been noise for long must still be learned from later."""
+
+_MEAN, _SQUARE, _TRACE = 0.5, 0.95, 0.95
+"""Decays of the moving averages that g is smoothed and normalised with, and γ, a step."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """State of the scale; a value, so a step that is thrown away leaves nothing behind.
+
+    Attributes:
+        trace: h, (n,), of this rank's slice of the parameters.
+        mean, square: moving averages of g and of g².
+        steps: hypergradients seen.
+        log: log of all factors so far, the next one included.
+        step: log s of the next step.
+    """
+
+    trace: Tensor
+    mean: float = 0.0
+    square: float = 0.0
+    steps: int = 0
+    log: float = 0.0
+    step: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        """s of the next step."""
+        return math.exp(self.step)
+
+    def update(
+        self,
+        rate: float,
+        jacobian: Tensor,
+        prior: Projection,
+        observed: Linearization,
+        innovation: Innovation,
+        reduce: Reduce = alone,
+    ) -> Scale:
+        """The scale after a batch.
+
+        Args:
+            rate: μ, about the largest change of log s in one step.
+            jacobian: J, (N, n).
+            prior: P, scaled, seen through J.
+            observed, innovation: of the batch.
+            reduce: sums over the parameters of all ranks.
+        """
+        moved = reduce(jacobian @ self.trace).double()
+        gradient = -float(observed.score.reshape(-1) @ moved) / len(observed.residual)
+        error = prior.outputs @ innovation.weights + _TRACE * moved
+        change = innovation.weights - resolve(prior.outputs, innovation.root, error)
+        trace = _TRACE * self.trace + prior.mean_step(change)
+        if gradient == 0.0:  # nothing was learned before, or nothing of what was bears on these rows
+            return replace(self, trace=trace, step=0.0)
+        steps = self.steps + 1
+        mean = _MEAN * self.mean + (1 - _MEAN) * gradient
+        square = _SQUARE * self.square + (1 - _SQUARE) * gradient**2
+        normalised = (mean / (1 - _MEAN**steps)) / math.sqrt(square / (1 - _SQUARE**steps))
+        log = min(LIMIT, max(-LIMIT, self.log - rate * normalised))
+        return Scale(trace, mean, square, steps, log, log - self.log)
