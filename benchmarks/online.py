@@ -62,18 +62,19 @@ def _gradient(name: str, low: float, high: float, first: float, options: Plain |
     }
 
 
-_P0, _BETA, _OMEGA = "optimizer.initial_covariance", "optimizer.noise_decay", "optimizer.linearization"
-_FILTER_SPACE = {_P0: {"log_uniform": [1e-3, 30.0]}, _BETA: {"uniform": [0.8, 0.999]}}
+_P0, _BETA, _OMEGA, _MU = (
+    f"optimizer.{key}" for key in ("initial_covariance", "noise_decay", "linearization", "scale_adaptation")
+)
 CANDIDATES: dict[str, Plain] = {
     "loko-default": {"optimizer": {"name": "loko"}},
     "loko-tuned": {
         "optimizer": {"name": "loko"},
-        "space": {**_FILTER_SPACE, _OMEGA: {"uniform": [0.0, 0.5]}},
-        "points": [{_P0: 0.3, _BETA: 0.95, _OMEGA: 0.25}],
+        "space": {_BETA: {"uniform": [0.9, 0.99]}, _OMEGA: {"uniform": [0.1, 0.5]}, _MU: {"log_uniform": [0.05, 0.5]}},
+        "points": [{_BETA: 0.95, _OMEGA: 0.25, _MU: 0.2}],
     },
     "loko-paper": {
         "optimizer": {"name": "loko", **PAPER},
-        "space": _FILTER_SPACE,
+        "space": {_P0: {"log_uniform": [1e-3, 30.0]}, _BETA: {"uniform": [0.8, 0.999]}},
         "points": [{_P0: 1.0, _BETA: 0.95}],
     },
     "adamw": _gradient("adamw", 1e-5, 1e-1, 1e-3),

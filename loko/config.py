@@ -56,6 +56,10 @@ _Workers = Annotated[
 ]
 
 
+MERGED = {"covariance": "diagonal", "initial_covariance": 0.3, "scale_adaptation": 0.0}
+"""The filter that ``sync_every`` takes where nothing else is given."""
+
+
 class LokoConfig(_Strict):
     """The Kalman filter; the keys are those of ``loko.LoKO``."""
 
@@ -92,10 +96,21 @@ class LokoConfig(_Strict):
     )
     process_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="variance q added a step")
     sync_every: int | None = Field(
-        None, ge=1, description="several workers: null is the exact update, k merges independent filters every k steps"
+        None,
+        ge=1,
+        description="several workers: null is the exact update, k merges independent filters every k steps; they are "
+        "diagonal, with an initial_covariance of 0.3 unless it is given, and without scale_adaptation",
     )
     max_skipped: int = Field(10, ge=0, description="batches in a row that may be skipped for not being finite")
     seed: int = Field(0, ge=0, description="seed of the uniform start")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merged(cls, data: Any) -> Any:
+        """Filters that are merged cannot be the default ones; what is not given takes what goes with it."""
+        if isinstance(data, dict) and data.get("sync_every") is not None:
+            return {**MERGED, **data}
+        return data
 
 
 class GradientConfig(_Strict):

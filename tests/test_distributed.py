@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from loko import LoKO
+from loko.config import MERGED
 from loko.consensus import Consensus
 from loko.distributed import Exact
 from loko.stream import slice_of
@@ -118,7 +119,7 @@ def failing(rank: int, group: Any, where: str) -> str:
     before = [p.detach().clone() for p in model.parameters()]
     try:
         if where == "consensus":
-            merged = Consensus(LoKO(model, covariance="diagonal"), group, 1)
+            merged = Consensus(LoKO(model, **MERGED), group, 1)
             merged.step(lambda: (model(X[: 2 if rank == 0 else 3]), labels))
         else:
             optimizer.step(lambda: (model(X[:2]), labels))
@@ -228,8 +229,7 @@ def linear(rank: int | None, every: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
-    settings: dict[str, Any] = {"covariance": "diagonal", "noise": "fixed", "observation": "gaussian"}
-    optimizer = LoKO(model, **settings)
+    optimizer = LoKO(model, noise="fixed", observation="gaussian", **MERGED)
     learner = optimizer if rank is None else Consensus(optimizer, dist.group.WORLD, every)
     for step in range(7):
         x = nn.functional.one_hot(torch.randint(0, 4, (6,), generator=generator), 4).double()
@@ -256,9 +256,11 @@ def test_consensus_is_exact_where_the_information_is_diagonal(tmp_path: Path) ->
 
 def test_consensus_refuses_what_it_cannot_merge() -> None:
     for settings, every, message in (
-        ({"rank": 4}, 2, "merges diagonal covariances only"),
-        ({"rank": 0}, 0, "sync_every = 0"),
-        ({"rank": 0, "initial_covariance": "auto"}, 2, "does not go with"),
+        ({**MERGED, "covariance": "low_rank", "rank": 4}, 2, "merges diagonal covariances only"),
+        (MERGED, 0, "sync_every = 0"),
+        ({**MERGED, "initial_covariance": "auto"}, 2, "does not go with initial_covariance"),
+        ({**MERGED, "scale_adaptation": 0.2}, 2, "does not go with scale_adaptation"),
+        ({**MERGED, "drift_adaptation": 0.2}, 2, "does not go with drift_adaptation"),
     ):
         with pytest.raises(ValueError, match=message):
             Consensus(LoKO(nn.Linear(2, 2), **settings), None, every)  # type: ignore[arg-type]

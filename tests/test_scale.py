@@ -117,7 +117,7 @@ def online_loss(p0: float, adaptation: float, batches: list[tuple[Tensor, Tensor
 
 @pytest.mark.parametrize(("p0", "noise", "left"), [(1e-4, 3.0, 0.3), (100.0, 6.0, 0.75)])
 def test_a_start_that_is_wrong_is_mended(p0: float, noise: float, left: float) -> None:
-    """Too small where there is much to learn; too large where there is little, which ``ema`` noise half mends itself."""
+    """Too small where there is much to learn; too large where there is little, half of which ``ema`` noise mends."""
     batches = stream(400, noise)
     best = min(online_loss(p, 0.0, batches) for p in (0.01, 0.1, 1.0))
     fixed, adapted = online_loss(p0, 0.0, batches), online_loss(p0, 0.2, batches)
