@@ -12,9 +12,9 @@ With ``h = ∂θ/∂log s``, followed through the update by its own derivative,
     h  ← γ h + P Jᵀ (w − Gᵀ (I + G K Gᵀ)⁻¹ G (K w + γ J h))
 
 where w, G and K are the step's own (``loko.filter``): what the bracket takes off w are the saturation of ``P Jᵀ w`` in
-P and the correction that the filter makes of its own mean. R and J count as constants. h also forgets, by γ a step: once
-s is so small that nothing is learned, an h that remembers how it came about would shrink s for ever. One more vector of
-n numbers, and one more mean update a step.
+P and the correction that the filter makes of its own mean. R and J count as constants. h also forgets, by γ a step:
+once s is so small that nothing is learned, an h that remembers how it came about would go on shrinking s. One more
+vector of n numbers, and one more mean update a step.
 """
 
 from __future__ import annotations
