@@ -361,7 +361,7 @@ def audit_search(audit: Audit, data: dict[str, Any], results: Path, references: 
     for name in config.candidates:
         study = optuna.load_study(study_name=f"{config.name}/{name}", storage=f"sqlite:///{results / 'study.db'}")
         audit.running += sum(trial.state == TrialState.RUNNING for trial in study.trials)
-        audit.not_once += abs(len(study.trials) - config.search.trials)
+        audit.not_once += abs(len(study.trials) - (config.search.trials or 0))
         audit.not_once += sum(trial.state != TrialState.COMPLETE for trial in study.trials)
         trials = [path for path in (results / "tune" / name).iterdir() if (path / "params.json").exists()]
         told = sorted(jsonlib.dumps(trial.params, sort_keys=True) for trial in study.trials)

@@ -117,7 +117,7 @@ def searched(stream: Stream, name: str, settings: Settings) -> Plain:
     }
     folder = ROOT / "results" / "online" / f"{stream.name}-{name}-{_digest(plain)}"
     config = validate(SearchConfig, {**plain, "results": str(folder)})
-    table = pd.read_parquet(tune.run(config) / "results.parquet")
+    table = pd.read_parquet(Path(tune.run(config)) / "results.parquet")
     last = table[table.status == "complete"].sort_values("rows").groupby("trial").tail(1)
     best: Plain = json.loads(last.sort_values(config.search.metric).iloc[0].params)
     return best

@@ -269,6 +269,7 @@ def _standing(runs: Sequence[Run], how: Together) -> list[Report]:
             "rows_digest": f"{run.digest:08x}",
             "workers": run.ranks.world_size,
             "learn_seconds": run.seconds,
+            "seconds_per_row": run.seconds / run.cursor if run.cursor else 0.0,
             "finished": finished,
         }
         for run in runs

@@ -19,11 +19,12 @@ from ray.exceptions import RayActorError
 from loko import JacobianError, NonFiniteError, online
 from loko.config import ExperimentConfig, validate
 from loko.distributed import PeerError, Ranks
+from ray_jobs.monitoring import Monitor
 from ray_jobs.storage import StorageError, mend, newest_whole, of_run, wait_for_room
 
 log = logging.getLogger(__name__)
 
-__all__ = ["connect", "drive", "gpus_a_worker", "resources", "run_workers"]
+__all__ = ["connect", "drive", "gpus_a_worker", "resources", "run_workers", "slots"]
 
 _ENVIRONMENT = {
     # Paths in a config are relative to where the job was started, so no trial may change its folder.
@@ -43,11 +44,12 @@ _ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": 
 _RESIZE_SECONDS = float(os.environ.get("LOKO_RESIZE_INTERVAL_S", "60"))
 
 
-def connect(dashboard: bool = False) -> None:
+def connect(dashboard: bool = False, cpus: int | None = None) -> None:
     """Connect to the cluster of RAY_ADDRESS (as ``ray job submit`` sets it), or start one on this machine, on loopback.
 
     Args:
         dashboard: start the dashboard too; Ray Train frees what a stopped trial held through it.
+        cpus: CPUs that a Ray started here counts with; None is those that there are.
     """
     if ray.is_initialized():
         return
@@ -61,7 +63,7 @@ def connect(dashboard: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**settings)
     else:
-        ray.init(address="local", include_dashboard=dashboard, dashboard_host="127.0.0.1", **settings)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, dashboard_host="127.0.0.1", **settings)
 
 
 def gpus_a_worker(config: ExperimentConfig) -> float:
@@ -77,12 +79,22 @@ def resources(config: ExperimentConfig) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount}
 
 
+def slots(config: ExperimentConfig) -> int:
+    """How many runs of a config the cluster holds at a time, as it is now; at least one, that waits for a node."""
+    has = ray.cluster_resources()
+    wanted = resources(config)
+    return max(
+        1, min(int(has.get(name, 0) / (amount * config.least_workers) + 1e-9) for name, amount in wanted.items())
+    )
+
+
 def drive(
     config: ExperimentConfig,
     restored: Path | None,
     report: Callable[[online.Report, Path | None], None],
     storage: str,
     group: dist.ProcessGroup | None = None,
+    labels: dict[str, str] | None = None,
 ) -> None:
     """Run the loop from a checkpoint, if there is one, and hand each rung's report and checkpoint folder on.
 
@@ -90,14 +102,18 @@ def drive(
 
     Args:
         storage: folder or URL that the checkpoints go to, asked for room before each report.
+        labels: run, candidate and trial, as Prometheus shall see them.
     """
     # The job has validated the rows once, before the first trial.
     with Ranks(group, online.default_device()).together():
         run = online.start(config, group=group, validate=False)
         if restored is not None:
             online.resume(run, restored)
+    monitor = Monitor(labels or {}, run.cursor)
     again = [online.standing(run)] if 0 < run.cursor < len(run.stream) else []
     for rung in chain(again, online.advance(run)):
+        if run.ranks.rank == 0:
+            monitor(rung)
         with tempfile.TemporaryDirectory() as folder:
             online.save(run, Path(folder))
             with run.ranks.together():
@@ -113,6 +129,7 @@ def run_workers(
     storage: str,
     max_failures: int,
     callbacks: list[Any] | None = None,
+    labels: dict[str, str] | None = None,
 ) -> Any:
     """One run on Ray Train workers that share one filter; started again under the same name it goes on.
 
@@ -122,6 +139,7 @@ def run_workers(
         storage: folder or URL that every node can write to.
         max_failures: times that workers, or Train's controller, may die; -1 is any number of times.
         callbacks: Ray Train callbacks, such as the one that passes reports on to Tune.
+        labels: run, candidate and trial, as Prometheus shall see them.
     """
     config = validate(ExperimentConfig, data)
     gpu = gpus_a_worker(config) > 0
@@ -136,7 +154,7 @@ def run_workers(
         mend(f"{storage}/{name}")
         trainer = ray.train.torch.TorchTrainer(
             _worker,
-            train_loop_config={"experiment": data, "folder": f"{storage}/{name}"},
+            train_loop_config={"experiment": data, "folder": f"{storage}/{name}", "labels": labels or {"run": name}},
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
@@ -167,14 +185,14 @@ _PERMANENT = (ValueError, JacobianError, NonFiniteError, StorageError, PeerError
 def _worker(given: dict[str, Any]) -> Exception | None:
     """The loop of one worker. What a restart cannot mend is returned, what it may mend (a lost peer) is raised."""
     try:
-        _learn(given["experiment"], given["folder"])
+        _learn(**given)
     except _PERMANENT as error:
         return ValueError(str(error)) if isinstance(error, PeerError) else error
     return None
 
 
-def _learn(data: dict[str, Any], folder: str) -> None:
-    config = validate(ExperimentConfig, data)
+def _learn(experiment: dict[str, Any], folder: str, labels: dict[str, str]) -> None:
+    config = validate(ExperimentConfig, experiment)
 
     def report(rung: online.Report, folder: Path | None) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
@@ -188,7 +206,7 @@ def _learn(data: dict[str, Any], folder: str) -> None:
     if group is not None:
         dist.broadcast_object_list(chosen, src=0)
     if chosen[0] is None:
-        drive(config, None, report, folder, group)
+        drive(config, None, report, folder, group, labels)
     else:
         with chosen[0].as_directory() as restored:
-            drive(config, Path(restored), report, folder, group)
+            drive(config, Path(restored), report, folder, group, labels)

@@ -50,7 +50,8 @@ class Progress:
     """Counts and best results of every candidate; a context manager around the whole search."""
 
     def __init__(self, config: SearchConfig) -> None:
-        self._metric = config.search.metric
+        self._metrics = config.search.objectives
+        self._metric = self._metrics[0]
         self._trials = config.search.trials
         self._candidates = {name: _Candidate() for name in config.candidates}
         self._current = ""
@@ -77,7 +78,8 @@ class Progress:
         """The trials that follow are this candidate's."""
         self._current = candidate
         if self._live is None:
-            self._console.print(f"[{self._clock()}] {candidate}: {self._trials} trials", highlight=False, markup=False)
+            what = f"{self._trials} trials" if self._trials is not None else "trials until the budget is spent"
+            self._console.print(f"[{self._clock()}] {candidate}: {what}", highlight=False, markup=False)
 
     def rung(self, candidate: str, trial: str, rows: int) -> None:
         """A trial has come this far."""
@@ -94,12 +96,12 @@ class Progress:
         if whole and not failed:
             self._note_best(state, result, values)
         if self._live is None:
-            what = "failed" if failed else f"{self._metric} {result.get(self._metric, float('nan')):.4f}"
+            figures = (f"{key} {result.get(key, float('nan')):.4g}" for key in self._metrics)
+            what = "failed" if failed else ", ".join(figures)
             rows = int(result.get("rows", 0))
             note = "" if whole or failed else f" (stopped at row {rows})"
             self._console.print(
-                f"[{self._clock()}] {candidate} {state.finished}/{self._trials}: {what}{note}  "
-                f"{in_one_line(values, 3)}",
+                f"[{self._clock()}] {candidate} {self._count(state)}: {what}{note}  {in_one_line(values, 3)}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -109,6 +111,9 @@ class Progress:
         score = float(result[self._metric])
         if state.best is None or score < state.best:
             state.best, state.best_accuracy, state.best_values = score, result.get("accuracy"), in_one_line(values, 3)
+
+    def _count(self, state: _Candidate) -> str:
+        return str(state.finished) if self._trials is None else f"{state.finished}/{self._trials}"
 
     def _clock(self) -> str:
         seconds = int(time.monotonic() - self._started)
@@ -125,7 +130,7 @@ class Progress:
                 name,
                 ", ".join(str(rows) for rows in state.running.values()),
                 state.best_values,
-                f"{state.finished}/{self._trials}" + (f" ({state.failed} failed)" if state.failed else ""),
+                self._count(state) + (f" ({state.failed} failed)" if state.failed else ""),
                 str(state.stopped or ""),
                 "" if state.best is None else f"{state.best:.4f}",
                 "" if state.best_accuracy is None else f"{state.best_accuracy:.3f}",

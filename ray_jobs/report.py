@@ -28,7 +28,10 @@ from rich.table import Table
 
 from loko.config import ConfigError, validate
 from ray_jobs.cli import fail, make_app
-from ray_jobs.settings import Range, SearchConfig, in_one_line
+from ray_jobs.places import Place
+from ray_jobs.results import pareto
+from ray_jobs.settings import SearchConfig, in_one_line
+from ray_jobs.study import distribution
 
 __all__ = ["write"]
 
@@ -55,10 +58,11 @@ _STYLE: Any = {
 
 
 @app.command(help="Write the tables, plots and HTML page of a search from its results folder.")
-def main(folder: Annotated[Path, typer.Argument(help="results folder, such as results/mnist")]) -> None:
+def main(folder: Annotated[str, typer.Argument(help="results folder or URL, such as results/mnist")]) -> None:
     """Write a report again."""
-    with fail():
-        write(folder)
+    place = Place(folder)
+    with fail(), place.working_folder() as here:
+        write(here, location=folder)
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,13 @@ class _Results:
         return _COLORS[list(self.config.candidates).index(candidate) % len(_COLORS)]
 
 
-def write(folder: Path, console: Console | None = None) -> None:
+def write(folder: Path, console: Console | None = None, location: str | None = None) -> None:
     """Write report.html and plots/*.png into a results folder and print the table.
+
+    Args:
+        folder: the results folder.
+        console: where the table is printed.
+        location: what the user calls the folder, if not by its path.
 
     Raises:
         ConfigError: the folder holds no finished search.
@@ -102,6 +111,7 @@ def write(folder: Path, console: Console | None = None) -> None:
     results = _read(folder)
     rows = [_summary(results, name) for name in results.config.candidates]
     figures: list[tuple[str, str, Callable[[_Results], Figure | None]]] = [
+        ("pareto", "What a better prediction costs", _trade_off),
         ("online", "Online NLL and " + results.quality, _online),
         ("landscape", "Initial covariance p₀ × noise decay β", _landscape),
         ("importance", "What mattered", _importance),
@@ -127,6 +137,7 @@ def write(folder: Path, console: Console | None = None) -> None:
         headline=_headline(results, rows),
         columns=_columns(rows, tuple(rows[0])),
         rows=rows,
+        front=_front(results),
         plots=plots,
         config=results.best,
         settings=results.config.search,
@@ -134,7 +145,7 @@ def write(folder: Path, console: Console | None = None) -> None:
         folder=folder.name,
     )
     (folder / "report.html").write_text(html)
-    _print(results, rows, folder, console or Console())
+    _print(results, rows, location or str(folder), console or Console())
 
 
 def _read(folder: Path) -> _Results:
@@ -176,6 +187,42 @@ def _headline(results: _Results, rows: list[dict[str, str]]) -> str:
     if len(ranked) > 1:
         text += ", before " + ", ".join(f"{row['candidate']} {row['nll']}" for row in ranked[1:])
     return text + f". Each had {results.config.search.trials} trials on the same {results.stream['rows']} rows."
+
+
+def _front(results: _Results) -> list[dict[str, str]]:
+    """The Pareto front of a search with several metrics, the first metric's best first."""
+    objectives = results.config.search.objectives
+    if len(objectives) == 1:
+        return []
+    return [
+        {
+            "candidate": row.candidate,
+            **{key: f"{row[key]:.4g}" for key in objectives},
+            "settings": in_one_line(json.loads(row.params), 4),
+            "file": f"pareto/{place}-{row.candidate}.yaml",
+        }
+        for place, (_, row) in enumerate(pareto(results.rungs, objectives).iterrows(), start=1)
+    ]
+
+
+def _trade_off(results: _Results) -> Figure | None:
+    """Complete trials by their first two metrics, the front joined by a line."""
+    objectives = results.config.search.objectives
+    if len(objectives) == 1:
+        return None
+    first, second = objectives[:2]
+    last = results.rungs[results.rungs.status == "complete"].sort_values("rows").groupby("trial").tail(1)
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    front = pareto(results.rungs, objectives).sort_values(second)
+    axis.step(front[second], front[first], where="post", color="#adb5bd", lw=1.2, zorder=1)
+    for name in results.config.candidates:
+        mine = last[last.candidate == name]
+        axis.scatter(mine[second], mine[first], color=results.color(name), label=name, s=45, zorder=2)
+    axis.scatter(front[second], front[first], facecolors="none", edgecolors="#212529", s=95, linewidths=1.2, zorder=3)
+    axis.set(xlabel=second, ylabel=first, xscale="log" if (last[second] > 0).all() else "linear")
+    _limit(axis, last[first].to_numpy(float))
+    axis.legend()
+    return figure
 
 
 def _online(results: _Results) -> Figure:
@@ -287,21 +334,11 @@ def _shares(results: _Results, candidate: str) -> dict[str, float]:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
-    distributions = {key: _distribution(allowed) for key, allowed in space.items()}
+    distributions = {key: distribution(allowed) for key, allowed in space.items()}
     for value, params in zip(at[results.metric], at["values"], strict=True):
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=float(value)))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return optuna.importance.get_param_importances(study, evaluator=evaluator)
-
-
-def _distribution(allowed: Range) -> optuna.distributions.BaseDistribution:
-    if allowed.choice is not None:
-        return optuna.distributions.CategoricalDistribution(allowed.choice)
-    if allowed.integer or allowed.log_integer:
-        low, high = allowed.integer or allowed.log_integer or (0, 0)
-        return optuna.distributions.IntDistribution(low, high, log=allowed.log_integer is not None)
-    bounds = allowed.uniform or allowed.log_uniform or (0.0, 0.0)
-    return optuna.distributions.FloatDistribution(*bounds, log=allowed.log_uniform is not None)
 
 
 def _traces(results: _Results) -> Figure | None:
@@ -326,6 +363,8 @@ def _traces(results: _Results) -> Figure | None:
 
 
 _ABOUT = {
+    "pareto": "Every complete trial. Ringed: those on the Pareto front; no other trial is better in every metric. "
+    "Left of and below the line there is none.",
     "online": "The best complete trial of each candidate. Every row is predicted and scored before it is learned. The "
     "dotted line is a predictor that sees labels only; dashed lines mark where the stream changes.",
     "landscape": "Every trial, coloured at the last rung that all of them reached. Thick rims: trials that ran to the "
@@ -346,7 +385,7 @@ def _columns(rows: list[dict[str, str]], wanted: tuple[str, ...]) -> list[str]:
     return [column for column in wanted if column in rows[0] and column not in hidden]
 
 
-def _print(results: _Results, rows: list[dict[str, str]], folder: Path, console: Console) -> None:
+def _print(results: _Results, rows: list[dict[str, str]], location: str, console: Console) -> None:
     table = Table(title=f"Search {results.config.name}", title_justify="left", show_edge=False)
     columns = _columns(rows, _PRINTED)
     for column in columns:
@@ -357,7 +396,14 @@ def _print(results: _Results, rows: list[dict[str, str]], folder: Path, console:
     for row in rows:
         console.print(f"  {row['candidate']}: {row['best settings']}", highlight=False, soft_wrap=True)
     console.print(_headline(results, rows), highlight=False, soft_wrap=True)
-    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    if front := _front(results):
+        table = Table(title="Pareto front: no trial is better in every metric", title_justify="left", show_edge=False)
+        for column in front[0]:
+            table.add_column(column, justify="right" if column in results.config.search.objectives else "left")
+        for row in front:
+            table.add_row(*row.values())
+        console.print(table)
+    console.print(f"Report: {location.rstrip('/')}/report.html", highlight=False, soft_wrap=True)
 
 
 def _number(value: Any, digits: int = 4) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,12 +17,14 @@ from loko.config import ConfigError, ExperimentConfig, validate
 
 __all__ = [
     "AshaConfig",
+    "BudgetConfig",
     "Candidate",
     "Range",
     "SearchConfig",
     "SearchSettings",
     "describe",
     "in_one_line",
+    "is_storage",
     "read",
     "with_values",
 ]
@@ -73,23 +77,102 @@ class AshaConfig(_Strict):
     reduction_factor: float = Field(default=3, gt=1, description="of this many trials at a rung one goes on")
 
 
+class BudgetConfig(_Strict):
+    """What a candidate may cost, over all starts of the search. Spent, no trial begins, and those that run end at their
+    next rung, unless none has come to the end of the stream yet."""
+
+    rows: int | None = Field(default=None, ge=1, description="rows learned in all trials of a candidate")
+    hours: float | None = Field(default=None, gt=0, description="hours of searching a candidate")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> BudgetConfig:
+        if self.rows is None and self.hours is None:
+            raise ValueError("give rows or hours, or leave budget out; the number of trials is search.trials")
+        return self
+
+
+RankingMetric = Literal["nll", "window_nll", "near_future_nll", "mse", "window_mse", "near_future_mse"]
+Metric = RankingMetric | Literal["seconds_per_row"]
+
+
 class SearchSettings(_Strict):
     """How the candidates are searched; the same for each of them."""
 
-    trials: int = Field(default=8, ge=1, description="trials a candidate")
-    metric: Literal["nll", "window_nll", "near_future_nll", "mse", "window_mse", "near_future_mse"] = Field(
-        default="nll", description="what is minimised: a key of every report"
+    trials: int | None = Field(default=8, ge=1, description="trials a candidate; null needs a budget")
+    budget: BudgetConfig | None = Field(default=None, description="what a candidate may cost beside; null is no limit")
+    metric: RankingMetric = Field(default="nll", description="what is minimised: a key of every report")
+    metrics: list[Metric] | None = Field(
+        default=None,
+        min_length=2,
+        description="several to minimise at once, such as [nll, seconds_per_row]; the first is metric, the winner's",
     )
-    sampler: Literal["tpe", "gp", "random"] = Field(default="tpe", description="Optuna sampler")
+    sampler: Literal["tpe", "gp", "nsga2", "random"] = Field(default="tpe", description="Optuna sampler")
     seed: int = Field(default=0, ge=0, description="seed of the sampler")
     asha: AshaConfig | None = Field(
         default_factory=AshaConfig, description="early stopping; null runs every trial whole"
     )
-    concurrent: int | None = Field(default=None, ge=1, description="trials at a time; null is what the cluster holds")
-    storage: str | None = Field(
-        default=None, description="Optuna storage URL (sqlite:///…, postgresql://…); null is study.db in results"
+    concurrent: int | None = Field(
+        default=None,
+        ge=1,
+        description="trials at a time; null is what the cluster holds, counted anew as nodes come and go",
     )
-    max_failures: int = Field(default=2, ge=0, description="times a trial is restarted after its process died")
+    storage: str | None = Field(
+        default=None,
+        description="where the study is: sqlite:///PATH, postgresql://USER@HOST/DB, journal:PATH; null: in results",
+    )
+    warm_start: str | None = Field(
+        default=None,
+        description="results folder of an earlier search, or STORAGE#NAME: its trials are added to the study",
+    )
+    max_failures: int = Field(
+        default=2, ge=0, description="times in a row a trial is restarted without reaching a further rung"
+    )
+
+    @model_validator(mode="after")
+    def _is_a_search(self) -> SearchSettings:
+        if self.trials is None and self.budget is None:
+            raise ValueError("trials = null needs a budget, such as budget: {hours: 2}; nothing would end the search")
+        if self.metrics is not None:
+            first, repeated = self.metrics[0], len(set(self.metrics)) < len(self.metrics)
+            if first == "seconds_per_row" or repeated:
+                raise ValueError(
+                    f"metrics = {self.metrics}; each once, and first what decides the winner, not seconds_per_row"
+                )
+            if "metric" in self.model_fields_set and self.metric != first:
+                raise ValueError(f"metric = {self.metric!r} and metrics = {self.metrics}; leave metric out")
+            self.metric = first
+        for key in ("storage", "warm_start"):
+            _check_storage(key, getattr(self, key))
+        return self
+
+    @property
+    def objectives(self) -> list[str]:
+        """What is minimised, first what decides the winner."""
+        return list(self.metrics or [self.metric])
+
+
+_STORAGES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql")
+
+
+def is_storage(text: str) -> bool:
+    """Whether a text is the URL of a storage, not a path."""
+    return text.startswith("journal:") or ("://" in text and text.split("+")[0].split(":")[0] in _STORAGES)
+
+
+def _check_storage(key: str, text: str | None) -> None:
+    """A storage by its scheme, and without a password, which would be written into every results folder."""
+    if text is None or (key == "warm_start" and not is_storage(text)):
+        return
+    parts = urlsplit(text)
+    if parts.password or "password=" in parts.query:
+        raise ValueError(
+            f"{key} holds a password, which would be written into the results; leave it out and give it through "
+            "PGPASSWORD, ~/.pgpass or what else the database's driver reads"
+        )
+    if not is_storage(text):
+        raise ValueError(
+            f"{key} = {text!r}; allowed: journal:PATH, sqlite:///PATH, postgresql://USER@HOST/NAME, mysql://…"
+        )
 
 
 class SearchConfig(_Strict):
@@ -108,6 +191,11 @@ class SearchConfig(_Strict):
             raise ValueError(
                 f"search.asha.grace_rows = {asha.grace_rows} is not a multiple of experiment.report_every = {every}; "
                 "trials are compared at rungs, where they report"
+            )
+        if self.search.storage is None and "://" in self.folder and not self.folder.startswith("file://"):
+            raise ValueError(
+                f"results = {self.folder!r} needs search.storage, such as postgresql://USER@HOST/DB, or journal:PATH "
+                "on a shared file system; the default, SQLite, needs a folder"
             )
         for name, candidate in self.candidates.items():
             self._check(name, candidate)
@@ -181,12 +269,35 @@ def read(kind: type[Config], path: Path, overrides: list[str]) -> Config:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"{path} is a list or plain text; a config has keys")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
         data = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return validate(kind, data, str(path))
+
+
+_RESOLVER = re.compile(r"\$\{\s*[A-Za-z_][\w.]*\s*:")
+
+
+def _refuse_resolvers(value: Any, path: Path) -> None:
+    """A config may refer to its own keys, ``${experiment.seed}``, and to nothing else.
+
+    A resolver such as ``${oc.env:AWS_SECRET_ACCESS_KEY}`` would bring what is in the environment of whoever runs a file
+    into results that others read.
+    """
+    if isinstance(value, dict):
+        for one in (*value, *value.values()):
+            _refuse_resolvers(one, path)
+    elif isinstance(value, list):
+        for one in value:
+            _refuse_resolvers(one, path)
+    elif isinstance(value, str) and (found := _RESOLVER.search(value)):
+        raise ConfigError(
+            f"{path}: {found[0]}…}} calls a resolver; a config refers to its own keys only, such as "
+            "${experiment.seed}. To take a value from the environment, give it as an override: key=$VARIABLE"
+        )
 
 
 def describe(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -14,11 +15,13 @@ from typing import Any, TypeVar
 import pyarrow.fs
 import ray.train
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import OperationalError
 
 from loko import checkpoint
 from loko.checkpoint import DamagedCheckpointError
+from ray_jobs.places import file_system
 
 __all__ = ["StorageError", "before", "mend", "newest_whole", "of_run", "patiently", "study_storage", "wait_for_room"]
 
@@ -76,7 +79,7 @@ def wait_for_room(url: str, size: int) -> None:
     Raises:
         StorageError: it cannot be written to.
     """
-    filesystem, folder = _open(url)
+    filesystem, folder = file_system(url)
     if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         return
     probe = Path(folder) / f".room-{os.getpid()}"
@@ -114,7 +117,7 @@ def newest_whole(candidates: list[ray.train.Checkpoint]) -> ray.train.Checkpoint
 
 def of_run(url: str) -> list[ray.train.Checkpoint]:
     """The checkpoints in the folder of a run, newest first, whether or not Ray's own list has them."""
-    filesystem, folder = _open(url)
+    filesystem, folder = file_system(url)
     selector = pyarrow.fs.FileSelector(folder, allow_not_found=True)
     names = [
         info.path
@@ -139,7 +142,7 @@ def mend(url: str) -> None:
     It is written in place, so a kill or a full disk can leave half of it; and it can name a folder that is gone. The
     checkpoints themselves stay, and are found without it.
     """
-    filesystem, folder = _open(url)
+    filesystem, folder = file_system(url)
     path = f"{folder}/{_SNAPSHOT}"
     if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
         return
@@ -154,12 +157,6 @@ def mend(url: str) -> None:
             return
         log.warning("%s names checkpoints that are gone; the others are found without it", path)
     filesystem.delete_file(path)
-
-
-def _open(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and the path of an absolute folder or a URL, as Ray resolves them."""
-    filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
-    return filesystem, path.rstrip("/")
 
 
 _METHODS = (
@@ -192,14 +189,27 @@ for _name in _METHODS:
     setattr(PatientStorage, _name, _patient(_name))
 
 
-def study_storage(url: str) -> PatientStorage:
-    """The Optuna storage of a URL; waits until its database can be reached.
+def study_storage(url: str) -> BaseStorage:
+    """The Optuna storage at a URL; waits until its database can be reached.
+
+    Args:
+        url: journal:PATH, sqlite:///PATH, postgresql://USER@HOST/DB, or what else SQLAlchemy knows.
 
     Raises:
-        StorageError: it cannot.
+        StorageError: it cannot be reached, or its driver is not installed.
     """
+    if url.startswith("journal:"):
+        path = Path(url.removeprefix("journal:"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(path)))
+    if url.startswith("postgresql:"):
+        if importlib.util.find_spec("psycopg") is None:
+            raise StorageError(f'{url} needs the package psycopg: pip install "loko[postgresql]"')
+        url = url.replace("postgresql:", "postgresql+psycopg:", 1)
+    # A connection may have died while nobody used it.
+    engine = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
     return patiently(
-        lambda: PatientStorage(url, heartbeat_interval=None),
+        lambda: PatientStorage(url, engine_kwargs=engine, heartbeat_interval=None),
         f"opening the study's storage {url}",
         (StorageInternalError, OperationalError),
     )

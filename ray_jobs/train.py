@@ -58,7 +58,11 @@ def run(config: ExperimentConfig, name: str, results: Path, max_failures: int = 
     online.start(config)  # finds bad rows and models while the error still has a reader
     cluster.connect(dashboard=True)
     result = cluster.run_workers(
-        config.model_dump(mode="json"), name="train", storage=str(folder), max_failures=max_failures
+        config.model_dump(mode="json"),
+        name="train",
+        storage=str(folder),
+        max_failures=max_failures,
+        labels={"run": name},
     )
     report = {key: value for key, value in result.metrics.items() if isinstance(value, str | int | float | bool)}
     with result.checkpoint.as_directory() as saved:

@@ -5,40 +5,36 @@ python -m ray_jobs.tune search_spaces/mnist.yaml search.trials=4
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import math
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
 import typer
-import yaml
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from rich.console import Console
 
 from loko import online
 from loko.config import ExperimentConfig, validate
-from loko.tasks import save_adapter
-from ray_jobs import cluster
+from ray_jobs import cluster, scheduling, trials
 from ray_jobs.cli import Overrides, fail, help_for, make_app
-from ray_jobs.optuna_search import make_search
+from ray_jobs.halving import Rungs
+from ray_jobs.places import Place
 from ray_jobs.progress import Progress, ReportProgress
-from ray_jobs.settings import Range, SearchConfig, read, with_values
-from ray_jobs.storage import before, newest_whole
+from ray_jobs.results import collect
+from ray_jobs.settings import SearchConfig, read
+from ray_jobs.storage import study_storage
+from ray_jobs.study import Study
 from ray_jobs.train import claim
+from ray_jobs.warm_start import warm_start
 
 app = make_app()
 
-_DISTRIBUTIONS = {
-    "log_uniform": tune.loguniform,
-    "uniform": tune.uniform,
-    "log_integer": lambda low, high: tune.lograndint(low, high + 1),
-    "integer": lambda low, high: tune.randint(low, high + 1),
-}
+_RECOUNT_SECONDS = 2.0
 
 
 @app.command(help="Search the candidates of a YAML file.", epilog=help_for(SearchConfig))
@@ -51,223 +47,115 @@ def main(
         run(read(SearchConfig, config, overrides or []))
 
 
-def run(config: SearchConfig) -> Path:
-    """Search every candidate and write the results; returns their folder. Run again, it goes on where it stopped.
+def run(config: SearchConfig) -> str:
+    """Search every candidate and write the results; returns where they are. Run again, it goes on where it stopped.
 
     Raises:
-        ConfigError: the folder holds the results of another search.
+        ConfigError: the folder holds the results of another search, or the storage a study of another one.
         StreamError, ValueError: rows or a model that cannot be used, before any trial.
+        StorageError: the study's storage does not answer.
     """
-    folder = Path(config.folder).absolute()
-    claim(folder / "search.yaml", config.model_dump(mode="json"))
-    _check_once(folder, config)
-    cluster.connect(dashboard=config.experiment.most_workers > 1)
-    progress = Progress(config)
-    with progress:
-        grids = {}
-        for name in config.candidates:
-            progress.begin(name)
-            grids[name] = _search(config, name, folder)
-    _collect(config, folder, grids)
-    from ray_jobs import report  # matplotlib is slow to load, and no trial needs it
+    place = Place(config.folder)
+    with place.working_folder() as folder:
+        claim(folder / "search.yaml", config.model_dump(mode="json"))
+        about = _check_once(folder, config)
+        place.upload(folder)
+        storage = study_storage(config.search.storage or f"sqlite:///{folder / 'study.db'}")
+        studies = {name: Study(config, name, storage, _owner(folder), about) for name in config.candidates}
+        place.upload(folder)
+        for name, study in studies.items():
+            if (added := warm_start(study, config, name)) is not None:
+                Console().print(f"{name}: {added}", highlight=False, markup=False, soft_wrap=True)
+        cluster.connect(dashboard=config.experiment.most_workers > 1)
+        progress = Progress(config)
+        with progress:
+            grids = {}
+            for name, study in studies.items():
+                progress.begin(name)
+                grids[name] = _search(config, name, study, place, _rows(folder))
+        collect(config, folder, place.location, grids)
+        from ray_jobs import report  # matplotlib is slow to load, and no trial needs it
 
-    report.write(folder)
-    return folder
+        report.write(folder, location=place.location)
+    return place.location
 
 
-def _check_once(folder: Path, config: SearchConfig) -> None:
-    """Find bad rows and models before the first trial, and write down what the report needs to know of the stream."""
+def _check_once(folder: Path, config: SearchConfig) -> dict[str, Any]:
+    """Find bad rows and models before the first trial, and write down what the report needs to know of the stream.
+
+    Returns:
+        What the figures of this search are of: two studies may be put together where it is the same.
+    """
     first = validate(ExperimentConfig, config.experiment_of(next(iter(config.candidates)), {}))
     run = online.start(first)
     points = [{"row": p.row, "kind": p.kind, "description": p.description} for p in run.stream.change_points]
-    about = {"rows": len(run.stream), "fingerprint": run.stream.fingerprint, "change_points": points}
-    (folder / "stream.json").write_text(json.dumps(about, indent=1))
+    stream = {"rows": len(run.stream), "fingerprint": run.stream.fingerprint, "change_points": points}
+    (folder / "stream.json").write_text(json.dumps(stream, indent=1))
+    same = config.experiment.model_dump_json(include={"task", "batch_size", "window", "near_future", "seed"})
+    return {
+        "stream": run.stream.fingerprint,
+        "experiment": hashlib.sha256(same.encode()).hexdigest()[:16],
+        "metrics": config.search.objectives,
+    }
 
 
-def _search(config: SearchConfig, candidate: str, folder: Path) -> tune.ResultGrid:
+def _rows(folder: Path) -> int:
+    return int(json.loads((folder / "stream.json").read_text())["rows"])
+
+
+def _owner(folder: Path) -> str:
+    """A name for this search that no other has which shares its studies."""
+    path = folder / "search_id"
+    if not path.exists():
+        fresh = path.with_suffix(".new")
+        fresh.write_text(uuid.uuid4().hex)
+        fresh.replace(path)
+    return path.read_text()
+
+
+def _search(config: SearchConfig, candidate: str, study: Study, place: Place, rows: int) -> tune.ResultGrid:
     """One candidate's trials."""
+    settings = config.search
     experiment = validate(ExperimentConfig, config.experiment_of(candidate, {}))
-    trainable = _trainable(config, candidate, experiment)
-    storage = folder / "tune"
-    if _can_go_on(storage / candidate):
-        tuner = tune.Tuner.restore(
-            str(storage / candidate),
-            trainable,
-            resume_unfinished=True,
-            resume_errored=True,
-            param_space=_space(config, candidate),
-        )
-    else:
-        settings = config.search
-        tuner = tune.Tuner(
-            trainable,
-            param_space=_space(config, candidate),
-            tune_config=tune.TuneConfig(
-                metric=settings.metric,
-                mode="min",
-                num_samples=settings.trials,
-                search_alg=make_search(config, candidate, folder),
-                scheduler=_scheduler(config, folder),
-                max_concurrent_trials=settings.concurrent or _slots(experiment),
-                reuse_actors=True,  # importing torch and transformers anew would cost a short trial more than its rows
-                trial_dirname_creator=lambda trial: f"{trial.trial_id}",
-            ),
-            run_config=tune.RunConfig(
-                name=candidate,
-                storage_path=str(storage),
-                failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
-                callbacks=[ReportProgress(candidate)],
-                verbose=0,
-            ),
-        )
-    return tuner.fit()
+    asha = settings.asha
+    rungs = Rungs(asha.grace_rows, asha.reduction_factor, rows) if asha is not None else None
+    slots = _room(settings.concurrent, experiment)
+    scheduling.enter(candidate, scheduling.Search(study, rungs, slots))
+    trainable = trials.trainable(config, candidate, place=place)
+    if _can_go_on(place, candidate):
+        return tune.Tuner.restore(
+            place.at("tune", candidate), trainable, resume_unfinished=True, resume_errored=True, param_space={}
+        ).fit()
+    callbacks = [ReportProgress(candidate), scheduling.OnlyFailuresInARow()]
+    return scheduling.tuner(config, candidate, trainable, place, callbacks).fit()
 
 
-def _can_go_on(folder: Path) -> bool:
+def _room(concurrent: int | None, experiment: ExperimentConfig) -> Callable[[], int]:
+    """How many trials may run at a time: as given, or what the cluster holds, asked again every few seconds."""
+    if concurrent is not None:
+        return lambda: concurrent
+    known: list[float] = [-math.inf, 0]
+
+    def slots() -> int:
+        if time.monotonic() - known[0] > _RECOUNT_SECONDS:
+            known[:] = time.monotonic(), cluster.slots(experiment)
+        return int(known[1])
+
+    return slots
+
+
+def _can_go_on(place: Place, candidate: str) -> bool:
     """Whether Tune wrote down enough to go on from; killed before that, a search begins with the study's trials."""
-    for state in folder.glob("experiment_state-*.json"):
+    states = [n for n in place.names("tune", candidate) if n.startswith("experiment_state-") and n.endswith(".json")]
+    whole = []
+    for name in states:
         try:
-            json.loads(state.read_text())
+            json.loads(place.read("tune", candidate, name) or b"")
+            whole.append(name)
         except ValueError:
-            state.unlink()  # cut off by a kill; an earlier one, or the study, knows what it held
-    return tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json"))
-
-
-def _trainable(config: SearchConfig, candidate: str, experiment: ExperimentConfig) -> Any:
-    """The Tune function of a candidate: the loop itself, or for several workers the driver of a Train run."""
-    plain = config.experiment_of(candidate, {})
-    if experiment.most_workers == 1:
-        wanted = cluster.resources(experiment)
-        trials = str(Path(config.folder).absolute() / "tune" / candidate)
-        return tune.with_resources(tune.with_parameters(_alone, plain=plain, storage=trials), wanted)
-    storage = str(Path(config.folder).absolute() / "train")
-    together = tune.with_parameters(_together, plain=plain, storage=storage, max_failures=config.search.max_failures)
-    # Drivers take no CPU and stay on the head node, off the nodes that come and go.
-    return tune.with_resources(together, {"node:__internal_head__": 0.001})
-
-
-def _alone(values: dict[str, Any], plain: dict[str, Any], storage: str) -> None:
-    """A trial of one worker."""
-
-    def report(rung: online.Report, folder: Path | None) -> None:
-        assert folder is not None
-        tune.report(rung, checkpoint=tune.Checkpoint.from_directory(folder))
-
-    experiment = validate(ExperimentConfig, with_values(plain, values))
-    given = tune.get_checkpoint()
-    restored = newest_whole(before(given)) if given is not None else None
-    if restored is None:
-        cluster.drive(experiment, None, report, storage)
-    else:
-        with restored.as_directory() as folder:
-            cluster.drive(experiment, Path(folder), report, storage)
-
-
-def _together(values: dict[str, Any], plain: dict[str, Any], storage: str, max_failures: int) -> None:
-    """A trial of several workers: its Train run has the trial's name, so that a restarted driver goes on with it."""
-    cluster.run_workers(
-        with_values(plain, values),
-        name=f"trial-{tune.get_context().get_trial_id()}",
-        storage=storage,
-        max_failures=max_failures,
-        callbacks=[TuneReportCallback()],
-    )
-
-
-def _space(config: SearchConfig, candidate: str) -> dict[str, Any]:
-    return {key: _domain(allowed) for key, allowed in config.candidates[candidate].space.items()}
-
-
-def _domain(allowed: Range) -> Any:
-    if allowed.choice is not None:
-        return tune.choice(allowed.choice)
-    kind, bounds = next((name, getattr(allowed, name)) for name in _DISTRIBUTIONS if getattr(allowed, name) is not None)
-    return _DISTRIBUTIONS[kind](*bounds)
-
-
-def _scheduler(config: SearchConfig, folder: Path) -> TrialScheduler | None:
-    """ASHA on the row cursor: every trial sees the same rows, so a rung is a paired comparison."""
-    asha = config.search.asha
-    if asha is None:
-        return None
-    rows = json.loads((folder / "stream.json").read_text())["rows"]
-    return ASHAScheduler(
-        time_attr="rows",
-        max_t=rows + 1,  # above the stream's length: the last row ends a trial, not the scheduler
-        grace_period=asha.grace_rows,
-        reduction_factor=asha.reduction_factor,
-    )
-
-
-def _slots(experiment: ExperimentConfig) -> int:
-    """How many trials the cluster holds at a time."""
-    has = ray.cluster_resources()
-    wanted = cluster.resources(experiment)
-    return max(1, min(int(has.get(name, 0) / (amount * experiment.least_workers)) for name, amount in wanted.items()))
-
-
-def _collect(config: SearchConfig, folder: Path, grids: dict[str, tune.ResultGrid]) -> None:
-    """results.parquet, best.yaml and adapter/ from what Tune kept."""
-    frames = []
-    best: tuple[float, str, tune.Result] | None = None
-    for candidate, grid in grids.items():
-        for result in sorted(grid, key=lambda one: one.path):  # Tune's own order changes when a search goes on
-            frame = result.metrics_dataframe
-            if frame is None or result.metrics is None:
-                continue
-            frame = frame.drop_duplicates("rows", keep="first")  # a resumed trial reports its last rung again
-            finished = bool(result.metrics.get("finished"))
-            status = "failed" if result.error else "complete" if finished else "stopped"
-            frame = frame.assign(candidate=candidate, trial=result.metrics["trial_id"], status=status)
-            frames.append(frame.assign(params=json.dumps(result.config)))
-            score = float(result.metrics[config.search.metric])
-            if finished and not result.error and (best is None or score < best[0]):
-                best = (score, candidate, result)
-    if best is None:
-        raise RuntimeError(
-            f"no trial of {config.name} reached the end of the stream; the errors are in {folder / 'tune'}"
-        )
-    table = pd.concat(frames, ignore_index=True)
-    kept = [c for c in table.columns if not c.startswith("config/") and c not in _TUNE_COLUMNS]
-    pq.write_table(pa.Table.from_pandas(table[kept], preserve_index=False), folder / "results.parquet")
-    _write_best(config, folder, *best)
-
-
-_TUNE_COLUMNS = {
-    "timestamp",
-    "checkpoint_dir_name",
-    "should_checkpoint",
-    "done",
-    "training_iteration",
-    "trial_id",
-    "date",
-    "time_this_iter_s",
-    "time_total_s",
-    "pid",
-    "hostname",
-    "node_ip",
-    "time_since_restore",
-    "iterations_since_restore",
-}
-
-
-def _write_best(config: SearchConfig, folder: Path, score: float, candidate: str, result: tune.Result) -> None:
-    plain = config.experiment_of(candidate, result.config or {})
-    head = (
-        f"# The winner of the search {config.name}: {candidate}, {config.search.metric} {score!r}.\n"
-        f"# Run it: python -m ray_jobs.train {_shown(folder / 'best.yaml')}\n"
-    )
-    (folder / "best.yaml").write_text(head + yaml.safe_dump(plain, sort_keys=False))
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as saved:
-        model = online.trained_model(validate(ExperimentConfig, plain), Path(saved))
-    save_adapter(model, folder / "adapter")
-
-
-def _shown(path: Path) -> str:
-    """A path as the user would type it here."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+            # Cut off by a kill; an earlier one, or the study, knows what it held.
+            place.remove("tune", candidate, name)
+    return bool(whole) and tune.Tuner.can_restore(place.at("tune", candidate))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,16 @@ def test_an_experiment_is_a_candidate_with_its_values() -> None:
             ["points", "rank", "got -1"],
         ),
         (candidate(optimizer={"name": "loko", "lr": 1}), ["lr", "unknown key"]),
+        ({"search": {"trials": None}}, ["search", "trials = null needs a budget"]),
+        ({"search": {"budget": {}}}, ["search.budget", "give rows or hours"]),
+        ({"search": {"budget": {"trials": 3}}}, ["search.budget.trials", "unknown key"]),
+        ({"search": {"metrics": ["nll"]}}, ["search.metrics", "at least 2"]),
+        ({"search": {"metrics": ["seconds_per_row", "nll"]}}, ["first what decides the winner"]),
+        ({"search": {"metrics": ["nll", "nll"]}}, ["each once"]),
+        ({"search": {"metrics": ["nll", "mse"], "metric": "mse"}}, ["metric = 'mse'", "leave metric out"]),
+        ({"search": {"storage": "study.db"}}, ["storage = 'study.db'", "sqlite:///PATH", "journal:PATH"]),
+        ({"search": {"storage": "redis://host"}}, ["storage = 'redis://host'", "allowed"]),
+        ({"results": "s3://bucket/x"}, ["results = 's3://bucket/x' needs search.storage"]),
         (candidate(optimizer={"name": "lok"}), ["optimizer", "lok"]),
     ],
 )
@@ -90,6 +100,22 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], words: list[str]) -> No
     assert message.startswith("search.yaml cannot be used:")
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize("key", ["storage", "warm_start"])
+@pytest.mark.parametrize("where", ["postgresql://loko:hunter2@host/db", "postgresql://loko@host/db?password=hunter2"])
+def test_a_password_is_refused_and_not_repeated(key: str, where: str) -> None:
+    message = wrong(search={"asha": None, key: where})
+    assert f"{key} holds a password" in message
+    assert "~/.pgpass" in message
+    assert "hunter2" not in message
+
+
+def test_the_first_of_several_metrics_decides() -> None:
+    config = validate(SearchConfig, search(search={"asha": None, "metrics": ["mse", "seconds_per_row"]}))
+    assert (config.search.metric, config.search.objectives) == ("mse", ["mse", "seconds_per_row"])
+    assert validate(SearchConfig, config.model_dump(mode="json")) == config
+    assert validate(SearchConfig, search()).search.objectives == ["nll"]
 
 
 @pytest.mark.parametrize(
