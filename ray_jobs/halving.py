@@ -83,7 +83,8 @@ class Rungs:
         if not others:
             return True
         *theirs, mine = standing([*others, values])
-        return mine <= float(np.percentile(theirs, 100 * self._keep))
+        # As in Ray's own scheduler, to the last bit: at a tie the direction of rounding would decide.
+        return -mine >= float(np.percentile([-value for value in theirs], (1 - self._keep) * 100))
 
     def remember(self, curves: Mapping[object, Mapping[int, Values]]) -> None:
         """Take up what was reported before a restart: trial -> rows -> values."""
