@@ -112,7 +112,8 @@ class GradientLearner:
     def descend(self, rows: int) -> None:
         """One step along the gradients of the loss of so many rows of this worker, summed, that the parameters hold."""
         rows = self._average_gradients(rows)
-        if all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None):
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if not grads or bool(torch.isfinite(torch.stack(torch._foreach_norm(grads, torch.inf))).all()):
             self.optimizer.step()
         else:
             self._skipped += rows
@@ -127,9 +128,8 @@ class GradientLearner:
             parts = total[:-1].to(flat.dtype).split([p.numel() for p in self.parameters])
             for p, part in zip(self.parameters, parts, strict=True):
                 p.grad = part.view_as(p).clone()
-        for p in self.parameters:
-            if p.grad is not None:
-                p.grad /= rows
+        if grads := [p.grad for p in self.parameters if p.grad is not None]:
+            torch._foreach_div_(grads, rows)
         return rows
 
     def diagnostics(self) -> dict[str, float]:
@@ -353,9 +353,10 @@ def _riemannian(model: Any, config: GradientConfig) -> torch.optim.Optimizer:
 
 _OF_LORA = ("lora_plus", "lora_fa", "riemannian", "lora_rite")
 _OPTIMIZERS: dict[str, Builder] = {
-    "adamw": _torch(torch.optim.AdamW),
+    # Fused, on the CPU too: a loop over many small parameters would cost as much as their forward.
+    "adamw": _torch(torch.optim.AdamW, fused=True),
     "adagrad": _torch(torch.optim.Adagrad),
-    "sgd": _torch(torch.optim.SGD, momentum=0.9),
+    "sgd": _torch(torch.optim.SGD, momentum=0.9, fused=True),
     "muon": _muon,
     "lora_plus": _lora_plus,
     "lora_fa": _lora_fa,
