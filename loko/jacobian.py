@@ -228,21 +228,22 @@ class JacobianEngine:
         """Whether the routes have been proven on a batch like one of so many rows."""
         return self._proven >= min(rows, 2)
 
-    def from_deltas(self, deltas: Iterable[tuple[nn.Module, Tensor, Tensor]], batch: int, observed: int) -> Tensor:
-        """J as ``jacobian`` gives it, from backward passes that were made elsewhere, together with other models'.
+    def of_calls(self, calls: Iterable[tuple[nn.Module, Tensor, Tensor]], outputs: Tensor, seeds: Tensor) -> Tensor:
+        """J as ``jacobian`` gives it, from a forward that other models took part in, laid out as this one is.
 
         Args:
-            deltas: a map of this model, its input (B, …) and its δ (m, B, …), for every call of every map.
-            batch: B.
-            observed: m.
+            calls: a map of this model, and its input and output in that forward, all models' rows in front.
+            outputs: (B, C), of all models' rows.
+            seeds: the combinations of outputs that each row observes, (B, m, C).
 
         Raises:
             JacobianError: a parameter on the exact route, which needs passes of its own.
         """
         if self._exact:
-            raise JacobianError(f"{self.exact_names[0]} takes the exact route, and has no δ that others could share")
-        jacobian = self._memory(batch, observed, self.parameters[0].device)
-        self._contract(deltas, jacobian)
+            raise JacobianError(f"{self.exact_names[0]} takes the exact route, whose passes no other model can share")
+        batch, observed = seeds.shape[:2]
+        jacobian = self._memory(batch, observed, outputs.device)
+        self._hooked([_Call(*call) for call in calls], outputs, seeds, jacobian)
         return jacobian.view(batch * observed, self.size)
 
     def _memory(self, batch: int, observed: int, device: torch.device) -> Tensor:

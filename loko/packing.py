@@ -41,7 +41,7 @@ class PackingError(ValueError):
 
 @dataclass
 class _Call:
-    """One call of an adapted layer for all runs: input and output (K, B, …)."""
+    """One call of an adapted layer for all runs: input and output (K·B, …)."""
 
     layer: str
     input: Tensor
@@ -162,10 +162,10 @@ class PackedModel:
         def forward(inputs: Tensor) -> Tensor:
             self._apart = True
             parts = inputs.unflatten(0, (len(self._models), -1))
-            outputs = kind(self._layers[name], parts)
+            outputs = kind(self._layers[name], parts).flatten(0, 1)
             if outputs.requires_grad:
-                self._calls.append(_Call(name, parts.detach(), outputs))
-            return outputs.flatten(0, 1)
+                self._calls.append(_Call(name, inputs.detach(), outputs))
+            return outputs
 
         return forward
 
@@ -343,24 +343,12 @@ def _jacobians(
         layers: the models' own adapted layers by name.
         seeds: by run, the combinations of outputs that its filter observes, (m, C) or (B, m, C).
     """
-    count, batch = outputs.shape[:2]
+    count, batch, size = outputs.shape
     own_place = next(iter(seeds))  # the run whose engine it is
     passes = max(seed.shape[-2] for seed in seeds.values())
-    together = outputs.new_zeros(passes, *outputs.shape)
+    together = outputs.new_zeros(count, batch, passes, size)
     for k, seed in seeds.items():
-        together[: seed.shape[-2], k] = seed.to(outputs).expand(batch, -1, -1).transpose(0, 1)
-    kept: list[list[Tensor]] = [[] for _ in calls]
-    for last, seed in enumerate(together, start=1 - passes):
-        grads = torch.autograd.grad(
-            outputs, [call.output for call in calls], seed, retain_graph=last < 0, allow_unused=True
-        )
-        for own, grad in zip(kept, grads, strict=True):
-            if grad is not None:
-                own.append(grad)
-    deltas = (
-        (layers[call.layer][own_place], call.input.flatten(0, 1), torch.stack(own).flatten(1, 2))
-        for call, own in zip(calls, kept, strict=True)
-        if len(own) == passes
-    )
-    jacobian = engine.from_deltas(deltas, count * batch, passes).view(count, batch, passes, -1)
+        together[k, :, : seed.shape[-2]] = seed.to(outputs)
+    own = ((layers[call.layer][own_place], call.input, call.output) for call in calls)
+    jacobian = engine.of_calls(own, outputs.flatten(0, 1), together.flatten(0, 1)).view(count, batch, passes, -1)
     return {k: jacobian[k, :, : seed.shape[-2]].flatten(0, 1) for k, seed in seeds.items()}
