@@ -116,6 +116,9 @@ class SearchSettings(_Strict):
         ge=1,
         description="trials at a time; null is what the cluster holds, counted anew as nodes come and go",
     )
+    pack: int = Field(
+        default=1, ge=1, description="trials that share a process and its one copy of the backbone; 1 is each its own"
+    )
     storage: str | None = Field(
         default=None,
         description="where the study is: sqlite:///PATH, postgresql://USER@HOST/DB, journal:PATH; null: in results",
@@ -199,7 +202,25 @@ class SearchConfig(_Strict):
             )
         for name, candidate in self.candidates.items():
             self._check(name, candidate)
+        self._check_pack()
         return self
+
+    def _check_pack(self) -> None:
+        """Packed trials see the same batches and the same backbone: they differ in their optimizer."""
+        if self.search.pack == 1:
+            return
+        if self.experiment.most_workers > 1:
+            raise ValueError(
+                f"search.pack = {self.search.pack} packs trials of one worker, and experiment.workers = "
+                f"{self.experiment.workers}; use one of the two"
+            )
+        for name, candidate in self.candidates.items():
+            others = sorted(key for key in candidate.space if not key.startswith("optimizer."))
+            if others:
+                raise ValueError(
+                    f"search.pack = {self.search.pack} packs trials that differ in their optimizer, but "
+                    f"candidates.{name}.space has {', '.join(others)}; take those out, or search.pack: 1"
+                )
 
     def _check(self, name: str, candidate: Candidate) -> None:
         """Every corner of a candidate's space must be a valid experiment, so that no trial fails on its config."""

@@ -10,7 +10,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from loko import online
 from loko.config import ExperimentConfig, validate
-from ray_jobs import cluster
+from ray_jobs import cluster, packed
 from ray_jobs.places import Place
 from ray_jobs.settings import SearchConfig, with_values
 from ray_jobs.storage import before, newest_whole
@@ -18,15 +18,18 @@ from ray_jobs.storage import before, newest_whole
 __all__ = ["trainable"]
 
 
-def trainable(config: SearchConfig, candidate: str, place: Place) -> Any:
+def trainable(config: SearchConfig, candidate: str, place: Place, hosts: list[Any]) -> Any:
     """What Tune runs for each trial of a candidate, with the resources that one trial takes.
 
     Args:
         config: the search.
         candidate: which of its candidates.
         place: where the results are; every node must reach it.
+        hosts: of packed trials, see ``ray_jobs.packed``.
     """
     plain = config.experiment_of(candidate, {})
+    if hosts:
+        return packed.trainable(hosts, plain)
     experiment = validate(ExperimentConfig, plain)
     labels = {"run": config.name, "candidate": candidate}
     if experiment.most_workers == 1:

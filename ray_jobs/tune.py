@@ -11,6 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from loko import online
 from loko.config import ExperimentConfig, validate
-from ray_jobs import cluster, scheduling, trials
+from ray_jobs import cluster, packed, scheduling, trials
 from ray_jobs.cli import Overrides, fail, help_for, make_app
 from ray_jobs.halving import Rungs
 from ray_jobs.places import Place
@@ -68,11 +69,11 @@ def run(config: SearchConfig) -> str:
                 Console().print(f"{name}: {added}", highlight=False, markup=False, soft_wrap=True)
         cluster.connect(dashboard=config.experiment.most_workers > 1)
         progress = Progress(config)
-        with progress:
+        with progress, _hosts(config, place) as hosts:
             grids = {}
             for name, study in studies.items():
                 progress.begin(name)
-                grids[name] = _search(config, name, study, place, _rows(folder))
+                grids[name] = _search(config, name, study, place, _rows(folder), hosts)
         collect(config, folder, place.location, grids)
         from ray_jobs import report  # matplotlib is slow to load, and no trial needs it
 
@@ -113,15 +114,30 @@ def _owner(folder: Path) -> str:
     return path.read_text()
 
 
-def _search(config: SearchConfig, candidate: str, study: Study, place: Place, rows: int) -> tune.ResultGrid:
+def _hosts(config: SearchConfig, place: Place) -> AbstractContextManager[list[Any]]:
+    """The processes of packed trials, as many as the cluster holds; none where trials are not packed."""
+    settings = config.search
+    if settings.pack == 1:
+        return nullcontext([])
+    plain = config.experiment_of(next(iter(config.candidates)), {})
+    experiment = validate(ExperimentConfig, plain)
+    count = cluster.slots(experiment)
+    if settings.concurrent is not None:
+        count = min(count, math.ceil(settings.concurrent / settings.pack))
+    return packed.hosts(plain, settings.pack, count, cluster.resources(experiment), place.at("tune"))
+
+
+def _search(
+    config: SearchConfig, candidate: str, study: Study, place: Place, rows: int, hosts: list[Any]
+) -> tune.ResultGrid:
     """One candidate's trials."""
     settings = config.search
     experiment = validate(ExperimentConfig, config.experiment_of(candidate, {}))
     asha = settings.asha
     rungs = Rungs(asha.grace_rows, asha.reduction_factor, rows) if asha is not None else None
-    slots = _room(settings.concurrent, experiment)
+    slots = _room(settings.concurrent or len(hosts) * settings.pack or None, experiment)
     scheduling.enter(candidate, scheduling.Search(study, rungs, slots))
-    trainable = trials.trainable(config, candidate, place=place)
+    trainable = trials.trainable(config, candidate, place, hosts)
     if _can_go_on(place, candidate):
         return tune.Tuner.restore(
             place.at("tune", candidate), trainable, resume_unfinished=True, resume_errored=True, param_space={}
