@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray_jobs.storage import before, newest_whole
 __all__ = ["trainable"]
 
 
-def trainable(config: SearchConfig, candidate: str, place: Place, hosts: list[Any]) -> Any:
+def trainable(config: SearchConfig, candidate: str, place: Place, hosts: Sequence[Any] = ()) -> Any:
     """What Tune runs for each trial of a candidate, with the resources that one trial takes.
 
     Args:
@@ -29,7 +30,7 @@ def trainable(config: SearchConfig, candidate: str, place: Place, hosts: list[An
     """
     plain = config.experiment_of(candidate, {})
     if hosts:
-        return packed.trainable(hosts, plain)
+        return packed.trainable(list(hosts), plain)
     experiment = validate(ExperimentConfig, plain)
     labels = {"run": config.name, "candidate": candidate}
     if experiment.most_workers == 1:
