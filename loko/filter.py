@@ -171,6 +171,20 @@ def resolve(prior: Tensor, root: Tensor, vector: Tensor) -> Tensor:
     return times_blocks(root.mT, torch.cholesky_solve(times_blocks(root, vector[:, None]), factor))[:, 0]
 
 
+def gain(prior: Tensor, root: Tensor) -> Tensor:
+    """The mean gain of a batch in output space (scalar, 0 to 1): the share of its innovation that the filter believes.
+
+    ``tr(H P Hᵀ S⁻¹) / N``, which is ``1 − tr((I + G K Gᵀ)⁻¹) / N`` once the noise is whitened away. Near zero P has
+    settled beside R; near one every label is taken at its word.
+
+    Args:
+        prior: K, shape (N, N).
+        root: G of the innovation, shape (B, m, m).
+    """
+    factor, _ = cholesky(whitened_innovation(prior, root))
+    return 1 - torch.cholesky_inverse(factor).diagonal().mean()
+
+
 def whitened_innovation(prior: Tensor, root: Tensor) -> Tensor:
     """``I + G K Gᵀ`` (N × N) for K (N, N) and block-diagonal G given as (B, m, m)."""
     system = times_blocks(root, times_blocks(root, prior).mT)

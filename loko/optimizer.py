@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance
 from loko.distributed import Exact, Ranks
-from loko.filter import Innovation, Linearization, diagonal_blocks
+from loko.filter import Innovation, Linearization, diagonal_blocks, gain
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
@@ -83,9 +83,11 @@ class _Counters:
     jitters: int = 0
     recent: float = 0.0
     usual: float = 0.0
+    gained: float = 0.0
 
-    def innovated(self, consistency: float) -> None:
-        """Take one batch's eᵀS⁻¹e / N into both running means."""
+    def innovated(self, consistency: float, gain: float) -> None:
+        """Take one batch's eᵀS⁻¹e / N into both running means, and its gain into that of the last few steps."""
+        self.gained += (1 - _RECENT) * (gain - self.gained)
         self.recent += (1 - _RECENT) * (consistency - self.recent)
         self.usual += (1 - _USUAL) * (consistency - self.usual)
 
@@ -93,6 +95,11 @@ class _Counters:
     def consistency(self) -> float:
         """The usual eᵀS⁻¹e / N: a mean over the last hundred steps or so."""
         return self.usual / (1 - _USUAL**self.steps)
+
+    @property
+    def gain(self) -> float:
+        """Share of the innovations of the last few steps that the filter believed."""
+        return self.gained / (1 - _RECENT**self.steps)
 
     @property
     def surprise(self) -> float:
@@ -503,7 +510,8 @@ class LoKO(torch.optim.Optimizer):
         for g in self.param_groups if scale is not None else ():
             g["initial_covariance"] *= scale
         self._noise_state = noise
-        self._counters.innovated(float(innovation.consistency) / observed.residual.numel())
+        believed = float(gain(prior.outputs, innovation.root))
+        self._counters.innovated(float(innovation.consistency) / observed.residual.numel(), believed)
         self._counters.jitters += innovation.jitters
         delta = self._world.gather_columns(delta)
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
@@ -665,7 +673,8 @@ class LoKO(torch.optim.Optimizer):
         if self._scale is not None:
             result["scale"] = math.exp(self._scale.log)
         if self._counters.steps > 0:
-            result |= {"consistency": self._counters.consistency, "surprise": self._counters.surprise}
+            counters = self._counters
+            result |= {"consistency": counters.consistency, "surprise": counters.surprise, "gain": counters.gain}
         return result
 
     def _initial_covariances(self) -> dict[str, float]:

@@ -57,6 +57,7 @@ class Oracle:
     observation: str = "categorical"
     R: Tensor | None = field(default=None, init=False)
     consistency: float = field(default=float("nan"), init=False)
+    gain: float = field(default=float("nan"), init=False)
 
     def __post_init__(self) -> None:
         self.P = torch.diag(self.variance.double())
@@ -117,6 +118,7 @@ class Oracle:
             delta = gain @ stacked.T @ e
             posterior = P - gain @ S @ gain.T
             self.consistency = float(e @ stacked @ torch.linalg.inv(S) @ stacked.T @ e)
+            self.gain = float((seen @ gain).trace()) / len(S)
         self.P = self.restrict((posterior + posterior.T) / 2)
         self.move(delta)
         if self.noise == "ema_residual":

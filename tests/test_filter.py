@@ -121,6 +121,7 @@ def test_every_variant_is_the_restricted_oracle(kind: str, noise: str, observed:
     oracle = oracle_of(model, optimizer, noise, moving, observation=observation, **restriction)
     x, y = rows(observation, outputs, 9)
     innovations: list[float] = []
+    gained = 0.0
     for part in torch.arange(9).split([1, 4, 1, 3]):
         got = optimizer.step(lambda part=part: (model(x[part]), y[part]))
         close(got, oracle.step(x[part], y[part]))
@@ -135,6 +136,8 @@ def test_every_variant_is_the_restricted_oracle(kind: str, noise: str, observed:
             weights = 0.99 ** torch.arange(len(innovations) - 1, -1, -1.0, dtype=torch.float64)
             mean = float(weights @ torch.tensor(innovations, dtype=torch.float64) / weights.sum())
             assert optimizer.diagnostics()["consistency"] == pytest.approx(mean, rel=1e-7)
+            gained = 0.7 * gained + 0.3 * oracle.gain
+            assert optimizer.diagnostics()["gain"] == pytest.approx(gained / (1 - 0.7 ** len(innovations)), rel=1e-7)
         assert optimizer.diagnostics()["trace_p"] == pytest.approx(float(oracle.P.trace()), rel=1e-7)
         assert optimizer.diagnostics()["jitters"] == 0
 

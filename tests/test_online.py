@@ -44,7 +44,7 @@ def saved(run: online.Run, folder: Path) -> Path:
 
 
 def timeless(report: online.Report) -> online.Report:
-    return {key: value for key, value in report.items() if key != "learn_seconds"}
+    return {key: value for key, value in report.items() if key not in ("learn_seconds", "seconds_per_row")}
 
 
 def parameters(run: online.Run) -> dict[str, torch.Tensor]:
