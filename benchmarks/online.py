@@ -112,6 +112,7 @@ def searched(stream: Stream, name: str, settings: Settings) -> Plain:
         "candidates": {name: candidate},
         "search": {
             "trials": settings.trials,
+            "concurrent": 1,
             "asha": {"grace_rows": max(1, part.rows // 3 // EVERY) * EVERY, "reduction_factor": 3},
         },
     }
@@ -128,10 +129,17 @@ def _digest(plain: Any) -> str:
 
 
 @ray.remote(num_cpus=1, max_calls=1)  # a process each, so that its peak memory is its own
-def learn(plain: Plain) -> list[Plain]:
-    """One run; a report a rung, with the peak memory of the process on the last."""
+def learn(plains: list[Plain]) -> list[list[Plain]]:
+    """Runs one after the other: of each a report a rung, with the peak memory of the process so far on the last.
+
+    In one process, because a new one takes longer to import what it needs than a short run takes to learn.
+    """
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
+    return [_learn(plain) for plain in plains]
+
+
+def _learn(plain: Plain) -> list[Plain]:
     run = online.start(validate(ExperimentConfig, plain), validate=False)
     run.learner = timed = _Timed(run.learner)
     reports = [{**report, "learn_cpu_seconds": timed.seconds} for report in online.advance(run)]
@@ -207,15 +215,15 @@ def measure(chosen: Sequence[Stream], names: Sequence[str], orders: int, cells: 
                 continue
             cluster.connect()
             params = searched(stream, name, cells.settings)
-            running = {}
-            for order in todo:
-                plain = stream.experiment(stream.part(False, cells.settings.rows, order))
-                plain = with_values({**plain, "optimizer": CANDIDATES[name]["optimizer"]}, params)
-                running[learn.remote(plain)] = order
-            while running:
-                (ready,), _ = ray.wait(list(running))
-                order = running.pop(ready)
-                reports = ray.get(ready)
+            plains = [
+                {
+                    **stream.experiment(stream.part(False, cells.settings.rows, order)),
+                    "optimizer": CANDIDATES[name]["optimizer"],
+                }
+                for order in todo
+            ]
+            learned = learn.remote([with_values(plain, params) for plain in plains])
+            for order, reports in zip(todo, ray.get(learned), strict=True):
                 cells.write(cells.path(stream, name, order), stream, name, order, params, reports)
                 yield f"{stream.name}, {name}, order {order}: NLL {reports[-1]['nll']:.4f} {params}"
 
