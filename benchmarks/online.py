@@ -5,7 +5,8 @@
     python -m benchmarks.online --full             # whole streams and models from the hub, for a GPU
 
 Every optimizer gets the same number of Optuna trials, the same pruner, rows and seeds, and searches its own space on
-the first rows of a stream through ``ray_jobs.tune``; ``loko-default`` is not searched. The winner then learns the rows
+the first rows of a stream through ``ray_jobs.tune``; ``loko-default``, ``loko-diagonal`` and ``loko-variational`` (the
+precision-matching diagonal) are not searched. The winner then learns the rows
 behind those, in several orders. What is compared is paired by order: means and 95 % intervals (Student's t). A stream
 whose data is not at hand is skipped by name. Each finished cell (stream, optimizer, order) is one Parquet file with
 machine, versions, date and commit in it; the table, the plot and the goal lines are made from those files alone.
@@ -15,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import resource
-import statistics
 import subprocess
 import time
 import warnings
@@ -26,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,7 +36,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.goals import Goal, machine, print_goals, write
-from benchmarks.online_streams import BATCH, EVERY, ROOT, SHARED, Plain, Stream, make_data, streams
+from benchmarks.online_report import HEAD, goals, markdown, overview, plot, publish, summary
+from benchmarks.online_streams import EVERY, ROOT, SHARED, Plain, Stream, make_data, streams
 from loko import PAPER, online
 from loko.config import ExperimentConfig, validate
 from loko.learner import Learner
@@ -47,8 +46,6 @@ from ray_jobs import cluster, tune
 from ray_jobs.settings import SearchConfig, with_values
 
 RESULTS = ROOT / "benchmarks" / "results" / "online"
-
-_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def _gradient(name: str, low: float, high: float, first: float, options: Plain | None = None) -> Plain:
@@ -77,6 +74,8 @@ CANDIDATES: dict[str, Plain] = {
         "space": {_P0: {"log_uniform": [1e-3, 30.0]}, _BETA: {"uniform": [0.8, 0.999]}},
         "points": [{_P0: 1.0, _BETA: 0.95}],
     },
+    "loko-diagonal": {"optimizer": {"name": "loko", "covariance": "diagonal"}},
+    "loko-variational": {"optimizer": {"name": "loko", "rank": 0}},
     "adamw": _gradient("adamw", 1e-5, 1e-1, 1e-3),
     "adagrad": _gradient("adagrad", 1e-4, 1.0, 1e-2),
     "sgd": _gradient("sgd", 1e-5, 1.0, 1e-2),
@@ -88,7 +87,6 @@ CANDIDATES: dict[str, Plain] = {
     "soap": _gradient("soap", 1e-5, 1e-1, 1e-3),
     "ivon": _gradient("ivon", 1e-3, 10.0, 0.1, {"hess_init": 0.1}),
 }
-FILTERS = ("loko-default", "loko-tuned", "loko-paper")
 
 
 @dataclass(frozen=True)
@@ -235,191 +233,17 @@ def collect(chosen: Sequence[Stream], names: Sequence[str], orders: int, cells: 
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t (NaN for one value)."""
-    count = len(values)
-    if count < 2:
-        return (values[0] if count else math.nan), math.nan
-    return statistics.fmean(values), _STUDENT.get(count, 2.0) * statistics.stdev(values) / math.sqrt(count)
-
-
-def rows_to(run: pd.DataFrame, target: float) -> float:
-    """The first rung from which on the cumulative NLL stays at or below a target; infinite if it never does."""
-    above = run[run.nll > target].rows.max()
-    later = run.rows if math.isnan(above) else run[run.rows > above].rows
-    return float(later.min()) if len(later) else math.inf
-
-
-def rows_to_recover(run: pd.DataFrame, share: float = 0.9) -> float:
-    """Rows after the change until three rungs in a row reach ``share`` of the accuracy of the five before it."""
-    change = run.change.iloc[0]
-    correct = run.accuracy * run.rows
-    rungs = pd.DataFrame(
-        {"rows": run.rows, "accuracy": correct.diff().fillna(correct) / run.rows.diff().fillna(run.rows)}
-    )
-    before = rungs[rungs.rows <= change].accuracy.tail(5).mean()
-    after = rungs[rungs.rows > change]
-    good = (after.accuracy >= share * before).rolling(3).sum() == 3
-    return float(after.rows[good].min() - change) if good.any() else math.inf
-
-
-def last(table: pd.DataFrame, stream: str, name: str, key: str) -> dict[int, float]:
-    """A figure at the end of the stream, by order."""
-    chosen = table[(table.stream == stream) & (table.optimizer == name) & table.finished]
-    return dict(zip(chosen.order, chosen[key], strict=True)) if key in chosen else {}
-
-
-def paired(table: pd.DataFrame, stream: str, name: str, other: str) -> tuple[float, float]:
-    """Mean and half interval of the difference of online NLL between two optimizers, by order."""
-    ours, theirs = last(table, stream, name, "nll"), last(table, stream, other, "nll")
-    return interval([ours[order] - theirs[order] for order in ours if order in theirs])
-
-
-def best_gradient(table: pd.DataFrame, stream: str) -> str | None:
-    """The tuned gradient optimizer with the lowest mean online NLL."""
-    means = {
-        name: statistics.fmean(values.values())
-        for name in CANDIDATES
-        if name not in FILTERS and (values := last(table, stream, name, "nll"))
-    }
-    return min(means, key=lambda name: means[name]) if means else None
-
-
-def goals(table: pd.DataFrame) -> list[Goal]:
-    """The figures that the filter was meant to reach, over the streams measured."""
-    names = list(dict.fromkeys(table.stream)) if len(table) else []
-    rivals = {name: rival for name in names if (rival := best_gradient(table, name)) is not None}
-    lines: list[Goal] = []
-    for filtered, allowed in (("loko-default", 1), ("loko-tuned", 0)):
-        ours = {n: r for n, r in rivals.items() if last(table, n, filtered, "nll")}
-        if not ours:
-            continue
-        differences = {n: paired(table, n, filtered, r) for n, r in ours.items()}
-        if filtered == "loko-default":
-            won = sum(mean <= 0 for mean, _ in differences.values())
-            title = f"streams of {len(ours)} on which {filtered} is at or below every tuned gradient optimizer"
-        else:
-            won = sum(mean + half < 0 for mean, half in differences.values())
-            title = f"streams of {len(ours)} on which {filtered} is below the best by more than the 95 % interval"
-        needed = max(1, len(ours) - allowed)
-        lines.append(Goal(title, f">= {needed}", won, won >= needed))
-        ratios = [
-            statistics.fmean(last(table, n, filtered, "nll").values())
-            / statistics.fmean(last(table, n, r, "nll").values())
-            for n, r in ours.items()
-        ]
-        mean = statistics.geometric_mean(ratios)
-        lines.append(
-            Goal(f"online NLL, {filtered} / best tuned gradient, geometric mean", "<= 0.85", mean, mean <= 0.85)
-        )
-    shares, recovered = [], []
-    for name in names:
-        for order, target in last(table, name, "adamw", "nll").items():
-            run = table[(table.stream == name) & (table.optimizer == "loko-default") & (table.order == order)]
-            adamw = table[(table.stream == name) & (table.optimizer == "adamw") & (table.order == order)]
-            if not len(run):
-                continue
-            shares.append(rows_to(run, target) / float(adamw.rows.max()))
-            if run.change.notna().all():
-                ours_back, theirs_back = rows_to_recover(run), rows_to_recover(adamw)
-                if math.isfinite(min(ours_back, theirs_back)):
-                    recovered.append(ours_back / theirs_back)  # zero where AdamW never does
-    if shares:
-        value = statistics.median(shares)
-        lines.append(Goal("rows to AdamW's final NLL, loko-default / AdamW, median", "<= 0.5", value, value <= 0.5))
-    if recovered:
-        value = statistics.median(recovered)
-        title = "rows to 90 % of the accuracy before a drift, loko-default / AdamW, median"
-        lines.append(Goal(title, "<= 0.5", value, value <= 0.5))
-    return lines
-
-
-_COLUMNS = {
-    "window_nll": "last 500",
-    "accuracy": "accuracy",
-    "near_future_accuracy": "near future",
-    "heldout_accuracy": "held-out",
-    "heldout_ece": "ECE",
-}
-
-
-def summary(table: pd.DataFrame) -> list[list[str]]:
-    """Rows of the table: a stream's optimizers, the best online NLL first, behind them who sees labels only."""
-    lines: list[list[str]] = []
-    for stream in dict.fromkeys(table.stream):
-        rival = best_gradient(table, stream)
-        present = [n for n in CANDIDATES if last(table, stream, n, "nll")]
-        for name in sorted(present, key=lambda n: statistics.fmean(last(table, stream, n, "nll").values())):
-            mean, half = interval(list(last(table, stream, name, "nll").values()))
-            against = (
-                "" if rival in (None, name) else "{:+.3f} ± {:.3f}".format(*paired(table, stream, name, str(rival)))
-            )
-            others = [interval(list(last(table, stream, name, key).values()))[0] for key in _COLUMNS]
-            seconds, rows = (
-                interval(list(last(table, stream, name, k).values()))[0] for k in ("learn_cpu_seconds", "rows")
-            )
-            memory = interval(list(last(table, stream, name, "peak_megabytes").values()))[0]
-            runs = table[(table.stream == stream) & (table.optimizer == name)].groupby("order")
-            back = [rows_to_recover(run) for _, run in runs if run.change.notna().all()]
-            shown = [f"{value:.3f}" for value in others]
-            recovered = f"{statistics.median(back):.0f}" if back else ""
-            costs = [f"{1e3 * seconds / rows * BATCH:.0f}", f"{memory:.0f}"]
-            lines.append([stream, name, f"{mean:.3f} ± {half:.3f}", against, *shown, recovered, *costs])
-        labels = last(table, stream, present[0], "label_only_nll").values()
-        lines.append([stream, "labels only", f"{statistics.fmean(labels):.3f}", *[""] * (len(_COLUMNS) + 4)])
-    return lines
-
-
-HEAD = [
-    "stream",
-    "optimizer",
-    "online NLL",
-    "− best gradient",
-    *_COLUMNS.values(),
-    "rows to recover",
-    "ms a step",
-    "MiB",
-]
-
-
-def plot(table: pd.DataFrame, path: Path) -> None:
-    """Mean NLL of each stretch of rows over the orders, a panel a stream."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(table.stream))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), squeeze=False, layout="constrained")
-    for axis, stream in zip(axes[0], names, strict=True):
-        for name in [n for n in CANDIDATES if n in set(table[table.stream == stream].optimizer)]:
-            runs = table[(table.stream == stream) & (table.optimizer == name)]
-            curves = runs.pivot_table(index="rows", columns="order", values="nll").mul(runs.rows.unique(), axis=0)
-            steps = np.diff(curves.index.to_numpy(), prepend=0)[:, None]
-            local = (curves.diff().fillna(curves) / steps).mean(axis=1).rolling(5, min_periods=1).mean()
-            style = {"lw": 2.0} if name in FILTERS else {"lw": 1.1, "ls": "--"}
-            axis.plot(local.index, local, label=name, **style)
-        change = table[table.stream == stream].change.dropna()
-        if len(change):
-            axis.axvline(change.iloc[0], color="#868e96", lw=0.8)
-        axis.set(title=stream, xlabel="rows", ylabel="NLL of the last 200 rows")
-        axis.set_ylim(0, float(np.nanpercentile(table[table.stream == stream].nll, 98)) * 1.3)
-    axes[0][-1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """The table for a README."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [HEAD, ["---"] * len(HEAD), *lines]) + "\n"
-
-
 def _names(given: str, known: Sequence[str], what: str) -> list[str]:
     names = [name.strip() for name in given.split(",") if name.strip()] or list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise typer.BadParameter(f"{what} {unknown[0]!r}; there are: {', '.join(known)}")
     return names
+
+
+def _spoken(reached: Sequence[Goal]) -> str:
+    lines = [[goal.name, goal.goal, f"{goal.measured:.3g}", "yes" if goal.met else "**no**"] for goal in reached]
+    return markdown(["goal", "wanted", "measured", "met"], lines)
 
 
 def main(
@@ -430,6 +254,7 @@ def main(
     rows: Annotated[int | None, typer.Option(help="most rows of a search and of a comparison")] = None,
     streams_: Annotated[str, typer.Option("--streams", help="comma-separated; default: all")] = "",
     optimizers: Annotated[str, typer.Option(help="comma-separated; default: all")] = "",
+    readme: Annotated[bool, typer.Option(help="renew table and plot in README.md and docs/online.md")] = False,
     measure_: Annotated[
         bool, typer.Option("--measure/--no-measure", help="no-measure: only show what there is")
     ] = True,
@@ -464,8 +289,10 @@ def main(
     Console(width=170).print(shown)
     reached = goals(table)
     print_goals(reached)
-    (RESULTS / "table.md").write_text(markdown(lines))
-    plot(table, RESULTS / "online.png")
+    if readme:
+        plot(table, ROOT / "docs" / "online.png")
+        publish(ROOT / "README.md", overview(table))
+        publish(ROOT / "docs" / "online.md", markdown(HEAD, lines) + "\n" + _spoken(reached))
     if json_ is not None:
         write(
             json_,

@@ -8,20 +8,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.online import (
-    CANDIDATES,
-    Cells,
-    Settings,
-    Stream,
-    collect,
+from benchmarks.online import CANDIDATES, Cells, Settings, collect
+from benchmarks.online_report import (
+    HEAD,
     goals,
     interval,
     markdown,
+    overview,
+    publish,
     rows_to,
     rows_to_recover,
-    streams,
     summary,
+    to_target,
 )
+from benchmarks.online_streams import Stream, streams
 from loko.config import ExperimentConfig, validate
 from ray_jobs.settings import SearchConfig
 
@@ -48,6 +48,22 @@ def test_rows_to_a_target_it_stays_below() -> None:
     assert rows_to(run, 0.5) == math.inf
 
 
+def test_seconds_to_a_target() -> None:
+    run = run_of([0.5] * 4, nll=[2.0, 1.5, 0.9, 0.8]).assign(learn_cpu_seconds=[1.0, 2.0, 3.0, 4.0])
+    assert to_target(run, 1.0) == (120, 3.0)
+    assert to_target(run, 0.1) == (math.inf, math.inf)
+
+
+def test_a_passage_is_renewed_and_the_rest_stays(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- online -->\nold\n<!-- /online -->\nafter\n")
+    publish(readme, "new\n")
+    assert readme.read_text() == "before\n<!-- online -->\nnew\n<!-- /online -->\nafter\n"
+    readme.write_text("nothing here")
+    with pytest.raises(ValueError, match="no passage between"):
+        publish(readme, "new\n")
+
+
 def test_rows_to_recover() -> None:
     accuracies = [0.9] * 5 + [0.2, 0.9, 0.3, 0.85, 0.85, 0.85, 0.9]
     assert rows_to_recover(run_of(accuracies, change=200)) == pytest.approx(240)
@@ -62,7 +78,7 @@ def test_cells_are_found_again_and_make_the_table(tmp_path: Path) -> None:
         for order in (1, 2):
             reports = [
                 {"rows": rows, "nll": level + 0.01 * order, "accuracy": 0.8, "window_nll": level,
-                 "finished": rows == 200, "label_only_nll": 2.3, "learn_seconds": 1.0, "peak_megabytes": 500.0}
+                 "finished": rows == 200, "label_only_nll": 2.3, "learn_cpu_seconds": rows / 100, "peak_megabytes": 500.0}
                 for rows in range(40, 201, 40)
             ]  # fmt: skip
             cells.write(cells.path(stream, name, order), stream, name, order, {"optimizer.lr": 0.1}, reports)
@@ -72,7 +88,11 @@ def test_cells_are_found_again_and_make_the_table(tmp_path: Path) -> None:
     lines = summary(table)
     assert [line[1] for line in lines] == ["loko-tuned", "loko-default", "adamw", "labels only"]
     assert lines[0][3] == "-0.600 ± 0.000"
-    assert markdown(lines).count("\n") == 6
+    assert [len(line) for line in lines] == [len(HEAD)] * 4
+    assert lines[0][HEAD.index("rows to AdamW's NLL")] == "40"
+    assert lines[0][HEAD.index("seconds to it")] == "0.4"
+    assert markdown(HEAD, lines).count("\n") == 6
+    assert overview(table).splitlines()[2:4] == ["| loko-default | 0.515 |", "| loko-tuned | **0.415** |"]
     reached = {goal.name: goal for goal in goals(table)}
     assert all(goal.met for name, goal in reached.items() if "NLL" in name or "streams" in name)
     assert reached["online NLL, loko-default / best tuned gradient, geometric mean"].measured == pytest.approx(
