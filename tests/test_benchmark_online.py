@@ -78,7 +78,8 @@ def test_cells_are_found_again_and_make_the_table(tmp_path: Path) -> None:
         for order in (1, 2):
             reports = [
                 {"rows": rows, "nll": level + 0.01 * order, "accuracy": 0.8, "window_nll": level,
-                 "finished": rows == 200, "label_only_nll": 2.3, "learn_cpu_seconds": rows / 100, "peak_megabytes": 500.0}
+                 "finished": rows == 200, "label_only_nll": 2.3, "learn_cpu_seconds": rows / 100,
+                 "peak_megabytes": 500.0}
                 for rows in range(40, 201, 40)
             ]  # fmt: skip
             cells.write(cells.path(stream, name, order), stream, name, order, {"optimizer.lr": 0.1}, reports)
