@@ -1,0 +1,90 @@
+"""A search of packed trials, from its file to its results, also when a host of theirs is killed."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import jobs
+import pandas as pd
+import psutil
+import pytest
+import test_tune
+import yaml
+
+from loko import online
+from loko.config import ConfigError, ExperimentConfig, validate
+from ray_jobs.settings import SearchConfig, read
+
+SEARCH = {"trials": 4, "pack": 3, "asha": {"grace_rows": 48, "reduction_factor": 2}}
+
+
+def same_as_alone(folder: Path, rungs: pd.DataFrame) -> None:
+    """Each trial's figures are those of the loop by itself, without Ray and without a pack."""
+    config = read(SearchConfig, folder / "search.yaml", [])
+    for _, mine in rungs.groupby("trial"):
+        plain = config.experiment_of(mine.candidate.iloc[0], json.loads(mine.params.iloc[0]))
+        alone = list(online.advance(online.start(validate(ExperimentConfig, plain))))
+        expected = [report["nll"] for report in alone][: len(mine)]
+        assert list(mine.nll) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_packed_search_leaves_what_any_search_does(tmp_path: Path) -> None:
+    done = jobs.run("ray_jobs.tune", jobs.search(tmp_path, search=SEARCH))
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_as_alone(tmp_path, test_tune.check(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_host_that_is_killed_loses_no_trial(tmp_path: Path) -> None:
+    """Its trials come back to the next host with their checkpoints, and learn each row once."""
+    path = jobs.search(tmp_path, rows=600, search={"trials": 3, "pack": 3, "asha": None})
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.is_set() and not killed:
+            if test_tune.progressed(tmp_path / "results", "loko", 4):
+                for process in psutil.Process().children(recursive=True):
+                    if process.name().startswith("ray::Host"):
+                        killed.append(process.pid)
+                        process.kill()
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        done = jobs.run("ray_jobs.tune", path)
+    finally:
+        over.set()
+        thread.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert killed
+    same_as_alone(tmp_path, test_tune.check(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experiment.workers": 2}, r"packs trials of one worker, and experiment\.workers = 2"),
+        (
+            {"candidates.loko.space": {"task.adapter.rank": {"integer": [1, 4]}}, "candidates.loko.points": []},
+            r"candidates\.loko\.space has task\.adapter\.rank; take those out, or search\.pack: 1",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_packed_says_why(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = jobs.search(tmp_path, search=SEARCH)
+    plain = yaml.safe_load(path.read_text())
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        place = plain
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(ConfigError, match=message):
+        read(SearchConfig, path, [])
