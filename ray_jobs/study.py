@@ -97,6 +97,7 @@ class Study:
         self._owner = owner
         self._trials: dict[str, Trial] = {}
         self._stops: dict[str, int] = {}
+        self._reached: dict[str, int] = {}
         self._exclusive = config.search.storage is None
         self._open(storage, about or {}, config.candidates[candidate].points)
         self._seconds = float(self.study.user_attrs.get(self._clock_key, 0.0))
@@ -142,7 +143,7 @@ class Study:
             trial = self._again(key, lost[0]) if lost else self.study.ask()
             for name, allowed in self.space.items():
                 trial._suggest(name, allowed)  # as Study.ask does; what has a value keeps it
-            if not lost:
+            if not lost and not self._exclusive:
                 trial.set_user_attr(OWNER, self._owner)
             self._trials[key], self.numbers[key] = trial, trial.number
         return dict(self._trial(key).params)
@@ -165,7 +166,8 @@ class Study:
             frozen = self.study.get_trials(deepcopy=False)[-1]
             self.numbers[key] = frozen.number
         elif frozen.state == TrialState.PRUNED:
-            self._stops[key] = int(frozen.user_attrs.get(ROWS, 0))
+            self._stops[key] = _rows(frozen)
+        self._reached[key] = _rows(frozen)
         return Trial(self.study, frozen._trial_id)
 
     def _own(self) -> list[FrozenTrial]:
@@ -205,17 +207,18 @@ class Study:
         """Write down where a trial is at a rung; told again, or after the trial's end, it changes nothing."""
         rows, values = int(report["rows"]), self.values(report)
         trial = self._trial(key)
-        known = trial.user_attrs
-        if rows <= known.get(ROWS, 0):
+        if rows <= self._reached.get(key, 0):
             return
-        try:
+        try:  # one write a rung: a commit waits for the disk
             if len(values) > 1:
-                trial.set_user_attr(CURVE, {**known.get(CURVE, {}), str(rows): list(values)})
+                trial.set_user_attr(CURVE, {**trial.user_attrs.get(CURVE, {}), str(rows): list(values)})
             elif math.isfinite(values[0]):
                 trial.report(values[0], rows)
-            trial.set_user_attr(ROWS, rows)
+            else:
+                trial.set_user_attr(ROWS, rows)
         except optuna.exceptions.UpdateFinishedTrialError:
             log.info("the study already has the end of trial %s", key)
+        self._reached[key] = rows
         self._tick()
 
     def tell(self, key: str, report: Report | None, failed: bool = False) -> None:
@@ -232,7 +235,7 @@ class Study:
         self.study.tell(self.numbers[key], told, state=state, skip_if_finished=True)
         self._ended.add(key)
         self._trials.pop(key, None)
-        self._tick(now=True)
+        self._tick()
 
     def keep(self) -> dict[str, Any]:
         """What the caller keeps to go on after a restart."""
@@ -248,7 +251,7 @@ class Study:
             trial.number: {rows: (value,) for rows, value in trial.intermediate_values.items()}
             or {int(rows): tuple(values) for rows, values in trial.user_attrs.get(CURVE, {}).items()}
             for trial in self.study.get_trials(deepcopy=False)
-            if ROWS in trial.user_attrs and WARM not in trial.user_attrs
+            if _rows(trial) > 0 and WARM not in trial.user_attrs
         }
 
     # What it cost
@@ -257,8 +260,8 @@ class Study:
     def _clock_key(self) -> str:
         return f"seconds:{self._owner}"
 
-    def _tick(self, now: bool = False) -> None:
-        if now or time.monotonic() - self._written > _CLOCK_SECONDS:
+    def _tick(self) -> None:
+        if time.monotonic() - self._written > _CLOCK_SECONDS:
             self._written = time.monotonic()
             self.study.set_user_attr(self._clock_key, self.seconds)
 
@@ -274,7 +277,7 @@ class Study:
     def spent(self) -> Spent:
         """What this search has cost so far, over all its starts."""
         own = self._own()
-        return Spent(len(own), sum(int(trial.user_attrs.get(ROWS, 0)) for trial in own), self.seconds)
+        return Spent(len(own), sum(map(_rows, own)), self.seconds)
 
     def exhausted(self) -> bool:
         """Whether the budget of rows or hours is spent."""
@@ -289,6 +292,12 @@ class Study:
     def has_complete(self) -> bool:
         """Whether a trial of this search came to the end of the stream."""
         return any(trial.state == TrialState.COMPLETE for trial in self._own())
+
+
+def _rows(trial: FrozenTrial) -> int:
+    """How many rows a trial has learned."""
+    told = [int(rows) for rows in (*trial.intermediate_values, *trial.user_attrs.get(CURVE, {}))]
+    return max([*told, int(trial.user_attrs.get(ROWS, 0))])
 
 
 def _sampler(settings: SearchSettings, seed: int) -> optuna.samplers.BaseSampler:
