@@ -11,11 +11,10 @@ from typing import Any
 import jobs
 import pytest
 import tiny
-import torch
 import yaml
 from ray.cluster_utils import Cluster
 
-from loko import checkpoint, online
+from loko import online
 from loko.config import ExperimentConfig
 from ray_jobs.settings import read
 
@@ -86,6 +85,3 @@ def test_a_run_goes_on_with_fewer_and_takes_them_back(cluster: Cluster, tmp_path
     *_, expected = online.advance(alone)
     assert (report["rows"], report["rows_digest"]) == (expected["rows"], expected["rows_digest"])
     assert report["nll"] == pytest.approx(expected["nll"], abs=1e-5)
-    newest = max((run / "train").glob("checkpoint_*/checkpoint.json")).parent
-    for name, value in checkpoint.read_parameters(newest).items():
-        torch.testing.assert_close(value, dict(alone.task.model.named_parameters())[name].detach(), atol=1e-5, rtol=0)
