@@ -3,19 +3,23 @@
     python -m benchmarks.step --json benchmarks/results/step.json
 
 Every case builds one model, and lets each contender step on the same rows in turn, so that whatever else the machine
-does falls on all alike. Figures are medians; ratios are medians of the ratios of neighbouring steps.
+does falls on all alike. Figures are medians; ratios are medians of the ratios of neighbouring steps. On a CPU with one
+thread a step is timed by the processor time it takes, which leaves out what others take of a busy machine.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import platform
+import resource
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,8 +42,9 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks.goals import Goal, print_goals, write
+from benchmarks.online_streams import make_data, streams
 from loko import LoKO, online
-from loko.config import GradientConfig, LokoConfig, validate
+from loko.config import ExperimentConfig, GradientConfig, LokoConfig, validate
 from loko.tasks.models import resolve_model
 from ray_jobs.settings import SearchConfig, read
 
@@ -47,6 +52,7 @@ Inputs = dict[str, Tensor]
 Step = Callable[[], None]
 
 _TOKENS = 32
+_MEMORY_CASE = ("roberta-base", 10, 8)
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,10 @@ def build(case: Case, device: torch.device) -> tuple[nn.Module, Inputs, Tensor]:
     return model, inputs, torch.randint(0, case.classes, (case.batch,), device=device)
 
 
-def contenders(case: Case, model: nn.Module, inputs: Inputs, labels: Tensor) -> dict[str, Step]:
-    """A step of each, on a model of its own."""
+def contenders(
+    case: Case, model: nn.Module, inputs: Inputs, labels: Tensor, only: str | None = None
+) -> dict[str, Step]:
+    """A step of each, on a model of its own; ``only`` one of them, on the model given."""
     autocast = torch.autocast(labels.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
 
     def logits(own: nn.Module) -> Tensor:
@@ -151,7 +159,7 @@ def contenders(case: Case, model: nn.Module, inputs: Inputs, labels: Tensor) -> 
         return result.float()
 
     def forward() -> Step:
-        own = copy.deepcopy(model)
+        own = model if only else copy.deepcopy(model)
 
         def step() -> None:
             with torch.no_grad():
@@ -160,7 +168,7 @@ def contenders(case: Case, model: nn.Module, inputs: Inputs, labels: Tensor) -> 
         return step
 
     def adamw() -> Step:
-        own = copy.deepcopy(model)
+        own = model if only else copy.deepcopy(model)
         optimizer = torch.optim.AdamW([p for p in own.parameters() if p.requires_grad], lr=1e-4)
 
         def step() -> None:
@@ -171,27 +179,28 @@ def contenders(case: Case, model: nn.Module, inputs: Inputs, labels: Tensor) -> 
         return step
 
     def loko(**settings: Any) -> Step:
-        own = copy.deepcopy(model)
+        own = model if only else copy.deepcopy(model)
         optimizer = LoKO(own, initial_covariance=1e-4, **settings)
 
         def step() -> None:
             optimizer.step(lambda: (logits(own), labels))
 
-        step.optimizer = optimizer  # type: ignore[attr-defined]
+        step.optimizer, step.model = optimizer, own  # type: ignore[attr-defined]
         return step
 
-    found = {
-        "forward": forward(),
-        "adamw": adamw(),
-        "loko adaptive": loko(max_outputs=4),
-        "loko diagonal, adaptive": loko(covariance="diagonal", max_outputs=4),
+    diagonal: dict[str, Any] = {"covariance": "diagonal"}
+    found: dict[str, Callable[[], Step]] = {
+        "forward": forward,
+        "adamw": adamw,
+        "loko adaptive": lambda: loko(max_outputs=4),
+        "loko diagonal, adaptive": lambda: loko(max_outputs=4, **diagonal),
     }
     if case.classes <= 10:
-        found["loko exact"] = loko(output_tolerance=0.0)
-        found["loko diagonal, exact"] = loko(covariance="diagonal", output_tolerance=0.0)
+        found["loko exact"] = lambda: loko(output_tolerance=0.0)
+        found["loko diagonal, exact"] = lambda: loko(output_tolerance=0.0, **diagonal)
     if case.classes == 10 and case.batch == 4:
-        found["jacrev EKF"] = jacrev_ekf(copy.deepcopy(model), inputs, labels)
-    return found
+        found["jacrev EKF"] = lambda: jacrev_ekf(copy.deepcopy(model), inputs, labels)
+    return {name: make() for name, make in found.items() if only in (None, name)}
 
 
 def jacrev_ekf(model: nn.Module, inputs: Inputs, labels: Tensor) -> Step:
@@ -228,6 +237,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> Result:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = Result(case.name, parameters)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    clock = clock_of(device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -240,10 +250,10 @@ def measure(case: Case, device: torch.device, seconds: float) -> Result:
     while time.perf_counter() < end or len(times["adamw"]) < 5:
         for name, step in steps.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     for name, measured in times.items():
         result.milliseconds[name] = 1e3 * statistics.median(measured)
         ratios = [mine / base for mine, base in zip(measured, times["adamw"], strict=True)]
@@ -252,20 +262,29 @@ def measure(case: Case, device: torch.device, seconds: float) -> Result:
         if name in steps:
             covariance = steps[name].optimizer.state_dict()["filter"]["covariance"]  # type: ignore[attr-defined]
             result.state_floats[name] = sum(value.numel() for value in covariance.values()) / parameters
-    result.split = split(steps["loko exact" if "loko exact" in steps else "loko adaptive"])
+    result.split = split(steps["loko exact" if "loko exact" in steps else "loko adaptive"], clock, synchronize)
     return result
 
 
-def split(step: Step, repeats: int = 5) -> dict[str, float]:
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds of this process where it runs alone on one thread, else those on the wall."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def split(
+    step: Step, clock: Callable[[], float], synchronize: Callable[[], None], repeats: int = 5
+) -> dict[str, float]:
     """Milliseconds of a step's parts, from its own functions timed from outside."""
-    optimizer = step.optimizer  # type: ignore[attr-defined]
+    optimizer, model = step.optimizer, step.model  # type: ignore[attr-defined]
     totals: dict[str, float] = {}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             value = function(*args, **kwargs)
-            totals[name] = totals.get(name, 0.0) + time.perf_counter() - start
+            synchronize()
+            totals[name] = totals.get(name, 0.0) + clock() - start
             return value
 
         return run
@@ -273,9 +292,10 @@ def split(step: Step, repeats: int = 5) -> dict[str, float]:
     engine, covariance_kind, noise = optimizer._engine, type(optimizer._covariance), optimizer._noise
     projection_kind = type(optimizer._covariance.project(torch.zeros(1, engine.size)))
     patched: list[tuple[Any, str, str]] = [
+        (model, "forward", "forward"),
         (engine, "jacobian", "Jacobian"),
-        (covariance_kind, "project", "S"),
-        (type(noise), "innovate", "solve"),
+        (covariance_kind, "project", "S and solve"),
+        (type(noise), "innovate", "S and solve"),
         (projection_kind, "mean_step", "update"),
         (projection_kind, "condition", "update"),
     ]
@@ -283,18 +303,41 @@ def split(step: Step, repeats: int = 5) -> dict[str, float]:
     for owner, attribute, name in patched:
         setattr(owner, attribute, timed(name, getattr(owner, attribute)))
     try:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             step()
-        whole = time.perf_counter() - start
+        whole = clock() - start
     finally:
         for owner, attribute, original in originals:
             if original is None:
                 delattr(owner, attribute)
             else:
                 setattr(owner, attribute, original)
-    totals["forward and rest"] = whole - sum(totals.values())
+    totals["rest"] = whole - sum(totals.values())
     return {name: 1e3 * seconds / repeats for name, seconds in totals.items()}
+
+
+def peak_memory(contender: str) -> float:
+    """MiB that two steps of a contender add to this process at their peak; to be run in a process of its own."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    with open("/proc/self/statm") as pages:
+        before = int(pages.read().split()[1]) * resource.getpagesize()
+    case = Case(*_MEMORY_CASE)
+    model, inputs, labels = build(case, torch.device("cpu"))
+    step = contenders(case, model, inputs, labels, only=contender)[contender]
+    for _ in range(2):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+
+
+def memory() -> dict[str, float]:
+    """MiB of each contender on the memory case, each in a new process."""
+    found = {}
+    for name in ("adamw", "loko exact", "loko diagonal, exact"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[name] = pool.apply(peak_memory, (name,))
+    return found
 
 
 KINDS: dict[str, Any] = {"loko": LokoConfig, "adamw": GradientConfig}
@@ -304,32 +347,71 @@ STREAM: dict[str, dict[str, Any]] = {
     "loko, τ = 0.1": {"name": "loko", "output_tolerance": 0.1},
     "loko exact": {"name": "loko", "output_tolerance": 0.0},
 }
+BINARY = ("adamw", "loko", "loko exact")
 
 
-def on_stream(threads: int) -> dict[str, dict[str, float]]:
-    """The embedded stream, learned by each in turns of a rung: online NLL, and time over AdamW's on the same rows.
-
-    Only on real rows does it show how many outputs the default leaves out. Empty without the embedded data.
-    """
-    config = Path("search_spaces/mnist.yaml")
-    if not Path("data/mnist/embedded.json").exists():
-        return {}
-    experiment = read(SearchConfig, config, [f"experiment.threads={threads}"]).experiment
-    runs = {
-        name: online.start(experiment.model_copy(update={"optimizer": validate(KINDS[given["name"]], given)}))
-        for name, given in STREAM.items()
-    }
-    rungs = [list(reports) for reports in zip(*(online.advance(run) for run in runs.values()), strict=True)]
-    found: dict[str, dict[str, float]] = {}
-    for place, name in enumerate(runs):
-        seconds = [[rung[i]["learn_seconds"] for rung in rungs] for i in (place, 0)]
-        spent, base = ([b - a for a, b in zip([0.0, *times], times, strict=False)] for times in seconds)
-        ratio = statistics.median(mine / other for mine, other in zip(spent, base, strict=True))
-        found[name] = {"nll": rungs[-1][place]["nll"], "over_adamw": ratio, "seconds": sum(spent)}
+def stream_experiments(threads: int) -> dict[str, ExperimentConfig]:
+    """The streams whose data is at hand: MNIST as the README has it, 1,000 CIFAR-10 images, 400 SST-2 sentences."""
+    found = {}
+    if Path("data/mnist/embedded.json").exists():
+        settings = read(SearchConfig, Path("search_spaces/mnist.yaml"), [f"experiment.threads={threads}"])
+        found["mnist"] = settings.experiment
+    for name, rows in (("cifar10", 1000), ("sst2", 400)):
+        stream = next(stream for stream in streams(False) if stream.name == name)
+        if stream.missing is not None:
+            print(f"{name} stream: skipped, {stream.missing} is not there")
+            continue
+        make_data([name])
+        experiment = {**stream.experiment(stream.part(False, rows, 1)), "threads": threads, "heldout": None}
+        found[name] = validate(ExperimentConfig, {**experiment, "optimizer": STREAM["loko"]})
     return found
 
 
-def goals(results: list[Result], stream: dict[str, dict[str, float]], device: torch.device) -> list[Goal]:
+def on_stream(experiment: ExperimentConfig, contenders: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """A stream, learned by each in turns of a rung: online NLL, and time over AdamW's on the same rows.
+
+    Only on real rows does it show how many outputs the default leaves out.
+    """
+    runs, spent = [], []
+    for name in contenders:
+        given = STREAM[name]
+        run = online.start(experiment.model_copy(update={"optimizer": validate(KINDS[given["name"]], given)}))
+        runs.append(run)
+        spent.append(timed_learning(run))
+    seconds: list[list[float]] = [[0.0] for _ in runs]
+    final: tuple[dict[str, Any], ...] = ()
+    for reports in zip(*(online.advance(run) for run in runs), strict=True):
+        final = reports
+        for place, total in enumerate(spent):
+            seconds[place].append(total[0])
+    found: dict[str, dict[str, float]] = {}
+    rungs = [[after - before for before, after in pairwise(times)] for times in seconds]
+    for place, name in enumerate(contenders):
+        ratio = statistics.median(mine / other for mine, other in zip(rungs[place], rungs[0], strict=True))
+        found[name] = {"nll": final[place]["nll"], "over_adamw": ratio, "seconds": seconds[place][-1]}
+    return found
+
+
+def timed_learning(run: online.Run) -> list[float]:
+    """Seconds that a run's learner spends, counted up in place."""
+    total, learn, clock = [0.0], run.learner.learn, clock_of(run.device)
+
+    def timed(batch: Any) -> Tensor:
+        start = clock()
+        outputs = learn(batch)
+        total[0] += clock() - start
+        return outputs
+
+    run.learner.learn = timed  # type: ignore[method-assign]
+    return total
+
+
+def goals(
+    results: list[Result],
+    learned: dict[str, dict[str, dict[str, float]]],
+    peaks: dict[str, float],
+    device: torch.device,
+) -> list[Goal]:
     """The figures the step was meant to reach, from whatever cases were run."""
     found = {result.case: result for result in results}
 
@@ -363,12 +445,21 @@ def goals(results: list[Result], stream: dict[str, dict[str, float]], device: to
             times = found[case.name].milliseconds
             value = times["jacrev EKF"] / times["loko diagonal, exact"]
             lines.append(Goal(f"jacrev EKF / LoKO, {case.name}", ">= 6", value, value >= 6))
-    if stream:
-        for name in ("loko", "loko, τ = 0.1"):
-            value = stream[name]["over_adamw"]
-            lines.append(Goal(f"{name} / AdamW, MNIST stream, 10 classes, batch 4", "<= 2", value, value <= 2))
-            value = stream[name]["nll"] - stream["loko exact"]["nll"]
-            lines.append(Goal(f"online NLL of {name} less exact, MNIST stream", "<= 0.005", value, value <= 0.005))
+    for name, stream in learned.items():
+        for contender in ("loko", "loko, τ = 0.1"):
+            if contender in stream:
+                value = stream[contender]["over_adamw"]
+                lines.append(Goal(f"{contender} / AdamW, {name} stream, batch 4", "<= 2", value, value <= 2))
+                value = stream[contender]["nll"] - stream["loko exact"]["nll"]
+                lines.append(
+                    Goal(f"online NLL of {contender} less exact, {name} stream", "<= 0.005", value, value <= 0.005)
+                )
+    for name in ("loko exact", "loko diagonal, exact"):
+        if name in peaks:
+            value = peaks[name] / peaks["adamw"]
+            lines.append(
+                Goal(f"peak memory of {name} over AdamW's, {Case(*_MEMORY_CASE).name}", "<= 1.15", value, value <= 1.15)
+            )
     for result in results[:1]:
         value = result.state_floats["loko diagonal, exact"]
         lines.append(Goal("optimizer state, floats a parameter, diagonal", "<= 1", value, value <= 1.0))
@@ -433,13 +524,20 @@ def main(
             table.add_row("", f"parts, ms: {parts}", "", "", end_section=True)
             gc.collect()
     Console(width=140).print(table)
-    stream = {} if only else on_stream(threads)
-    for name, figures in stream.items():
-        shown = (
-            f"online NLL {figures['nll']:.4f}, {figures['seconds']:.1f} s, {figures['over_adamw']:.2f} of AdamW's time"
-        )
-        print(f"MNIST stream, {name}: {shown}")
-    lines = goals(results, stream, device)
+    learned: dict[str, dict[str, dict[str, float]]] = {}
+    peaks: dict[str, float] = {}
+    if not only:
+        for name, experiment in stream_experiments(threads).items():
+            learned[name] = on_stream(experiment, BINARY if experiment.task.num_labels == 2 else tuple(STREAM))
+            for contender, figures in learned[name].items():
+                print(
+                    f"{name} stream, {contender}: online NLL {figures['nll']:.4f}, {figures['seconds']:.1f} s, "
+                    f"{figures['over_adamw']:.2f} of AdamW's time"
+                )
+        if device.type == "cpu" and Path("/proc/self/statm").exists():
+            peaks = memory()
+            print("peak memory, MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
+    lines = goals(results, learned, peaks, device)
     print_goals(lines)
     if device.type == "cpu":
         print("not measured on a GPU")
@@ -452,7 +550,8 @@ def main(
             device=device.type,
             threads=threads,
             cases=[asdict(result) for result in results],
-            stream=stream,
+            streams=learned,
+            peak_megabytes=peaks,
         )
 
 
