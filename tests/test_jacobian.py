@@ -493,6 +493,20 @@ def test_a_backward_that_cannot_be_vmapped_runs_once_an_output(caplog: pytest.Lo
     assert sum("cannot be vmapped" in message for message in caplog.messages) == 1
 
 
+def test_several_outputs_in_a_pass_are_proven_when_they_first_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large batch, whose outputs take a pass each, proves nothing of a small one's."""
+    torch.manual_seed(0)
+    model = two(lambda m, x: m.b(torch.tanh(m.a(x))))().double()
+    engine = JacobianEngine(model, trainable(model))
+    monkeypatch.setattr("loko.jacobian._PASS_ELEMENTS", 100)
+    proofs: list[int] = []
+    prove = engine._prove
+    monkeypatch.setattr(engine, "_prove", lambda *args: proofs.append(len(args[1])) or prove(*args))
+    for rows in (30, 30, 4, 4, 30, 2):
+        engine_rows(engine, model, real(rows, 4).double())
+    assert proofs == [30, 4]
+
+
 def test_all_of_bert() -> None:
     """Full fine-tuning: embeddings, positions, norms and attention, on both routes together."""
     model = Net(lambda m, x: m.model(x).logits, model=bert().double().eval())
