@@ -145,6 +145,7 @@ class JacobianEngine:
             if _contractions(module) is not None
             and any(id(p) in self._columns for p in module.parameters(recurse=False))
         ]
+        self._keys = {id(module): {id(p) for p in self._owned(module)} for module in self._maps}
         mapped = {id(p) for module in self._maps for p in module.parameters(recurse=False)}
         self._exact = {id(p) for p in self.parameters if id(p) not in mapped}
         self._calls: list[_Call] = []
@@ -257,7 +258,7 @@ class JacobianEngine:
         return [p for p in module.parameters(recurse=False) if id(p) in self._columns]
 
     def _hooks(self, call: _Call) -> bool:
-        return any(id(p) not in self._exact for p in self._owned(call.module))
+        return not self._keys[id(call.module)] <= self._exact
 
     def _route(self, calls: list[_Call], outputs: Tensor) -> list[_Call]:
         """Choose every parameter's route, raise for one that has none; returns the calls the outputs depend on.
