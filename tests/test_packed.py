@@ -1,13 +1,10 @@
-"""A search of packed trials, from its file to its results, also when a host of theirs is killed."""
+"""A search of packed trials, from its file to its results."""
 
 import json
-import threading
-import time
 from pathlib import Path
 
 import jobs
 import pandas as pd
-import psutil
 import pytest
 import test_tune
 import yaml
@@ -34,35 +31,6 @@ def same_as_alone(folder: Path, rungs: pd.DataFrame) -> None:
 def test_a_packed_search_leaves_what_any_search_does(tmp_path: Path) -> None:
     done = jobs.run("ray_jobs.tune", jobs.search(tmp_path, search=SEARCH))
     assert done.returncode == 0, done.stdout + done.stderr
-    same_as_alone(tmp_path, test_tune.check(tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_host_that_is_killed_loses_no_trial(tmp_path: Path) -> None:
-    """Its trials come back to the next host with their checkpoints, and learn each row once."""
-    path = jobs.search(tmp_path, rows=600, search={"trials": 3, "pack": 3, "asha": None})
-    killed: list[int] = []
-    over = threading.Event()
-
-    def kill() -> None:
-        while not over.is_set() and not killed:
-            if test_tune.progressed(tmp_path / "results", "loko", 4):
-                for process in psutil.Process().children(recursive=True):
-                    if process.name().startswith("ray::Host"):
-                        killed.append(process.pid)
-                        process.kill()
-            time.sleep(0.02)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        done = jobs.run("ray_jobs.tune", path)
-    finally:
-        over.set()
-        thread.join()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert killed
     same_as_alone(tmp_path, test_tune.check(tmp_path))
 
 
