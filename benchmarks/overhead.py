@@ -111,7 +111,7 @@ def plan(folder: Path, count: int, at_a_time: int, seconds: float) -> dict[str, 
     wall, cpu = time.perf_counter(), time.process_time()
     grid = _fit(config, folder / "plan", sleeping)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    reports = sum(result.metrics["training_iteration"] for result in grid)
+    reports = sum(result.metrics.get("training_iteration", 0) for result in grid)
     slept = seconds / _REPORTS * reports / at_a_time
     return {
         "trials": len(grid),
@@ -186,7 +186,7 @@ def main() -> None:
         cluster.connect()
         one = measure_trials(Path(name), options.trials)
         ray.shutdown()
-        print("one-worker trials:", {key: round(value, 3) for key, value in one.items()})
+        print("one-worker trials:", {key: round(value, 3) for key, value in one.items()}, flush=True)
         cluster.connect(cpus=options.at_a_time)
         many = plan(Path(name), options.planned, options.at_a_time, options.seconds)
         ray.shutdown()
