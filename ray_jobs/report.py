@@ -186,7 +186,9 @@ def _headline(results: _Results, rows: list[dict[str, str]]) -> str:
     text = f"{ranked[0]['candidate']} had the lowest online NLL: {ranked[0]['nll']}"
     if len(ranked) > 1:
         text += ", before " + ", ".join(f"{row['candidate']} {row['nll']}" for row in ranked[1:])
-    return text + f". Each had {results.config.search.trials} trials on the same {results.stream['rows']} rows."
+    trials = results.config.search.trials
+    given = f"{trials} trials" if trials is not None else "the same budget"
+    return text + f". Each had {given} on the same {results.stream['rows']} rows."
 
 
 def _front(results: _Results) -> list[dict[str, str]]:
