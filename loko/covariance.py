@@ -327,7 +327,9 @@ class LowRankProjection:
         wanted = vectors if few else vectors[:, count:]
         mixing = torch.cat([wanted[:rank].mT, times_blocks(root.mT, wanted[rank:]).mT], 1).to(dtype)
         strong, root = vectors[:, count:].to(dtype), root.to(dtype)
-        precision, factor = torch.empty_like(covariance.precision), torch.empty_like(covariance.factor)
+        # Rows of W one after the other, as a checkpoint has them: other strides round otherwise after a resume.
+        precision = torch.empty_like(covariance.precision)
+        factor = torch.empty_like(covariance.factor, memory_format=torch.contiguous_format)
         for columns, stacked in self.seen.blocks():
             kept = mixing @ stacked
             # The squares of what is cut, not a difference of squares, which could not be told from zero.
