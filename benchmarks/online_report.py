@@ -214,7 +214,8 @@ def plot(table: pd.DataFrame, path: Path) -> None:
         if len(change):
             axis.axvline(change.iloc[0], color="#868e96", lw=0.8)
         axis.set(title=stream, xlabel="rows", ylabel="NLL, last five rungs")
-        axis.set_ylim(0, float(np.nanpercentile(table[table.stream == stream].nll, 98)) * 1.3)
+        lowest = min(line.get_ydata().min() for line in axis.get_lines() if len(line.get_ydata()) > 2)
+        axis.set_ylim(0.8 * lowest, float(np.nanpercentile(table[table.stream == stream].nll, 98)) * 1.2)
     for axis in axes[len(names) :]:
         axis.axis("off")
     handles = [plt.Line2D([], [], color=colours[n], lw=2, ls="-" if is_filter(n) else "--", label=n) for n in everyone]
