@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ray_jobs.settings import SearchConfig, in_one_line
+from ray_jobs.study import Spent
 
 __all__ = ["Progress"]
 
@@ -53,6 +54,7 @@ class Progress:
         self._metrics = config.search.objectives
         self._metric = self._metrics[0]
         self._trials = config.search.trials
+        self._limits = config.search.limits
         self._candidates = {name: _Candidate() for name in config.candidates}
         self._current = ""
         self._console = Console()
@@ -78,8 +80,7 @@ class Progress:
         """The trials that follow are this candidate's."""
         self._current = candidate
         if self._live is None:
-            what = f"{self._trials} trials" if self._trials is not None else "trials until the budget is spent"
-            self._console.print(f"[{self._clock()}] {candidate}: {what}", highlight=False, markup=False)
+            self._say(f"[{self._clock()}] {candidate}: {self._limits}")
 
     def rung(self, candidate: str, trial: str, rows: int) -> None:
         """A trial has come this far."""
@@ -100,12 +101,17 @@ class Progress:
             what = "failed" if failed else ", ".join(figures)
             rows = int(result.get("rows", 0))
             note = "" if whole or failed else f" (stopped at row {rows})"
-            self._console.print(
-                f"[{self._clock()}] {candidate} {self._count(state)}: {what}{note}  {in_one_line(values, 3)}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            self._say(f"[{self._clock()}] {candidate} {self._count(state)}: {what}{note}  {in_one_line(values, 3)}")
+
+    def spent(self, candidate: str, cost: Spent) -> None:
+        """A candidate's budget is spent, and no trial runs any more."""
+        clock = f"{int(cost.seconds) // 60}:{int(cost.seconds) % 60:02d}"
+        self._say(
+            f"[{self._clock()}] {candidate}: budget spent, {cost.rows:,} rows in {cost.trials} trials and {clock}"
+        )
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _note_best(self, state: _Candidate, result: dict[str, Any], values: dict[str, Any]) -> None:
         score = float(result[self._metric])

@@ -21,6 +21,7 @@ import pandas as pd
 import typer
 import yaml
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -164,12 +165,15 @@ def _read(folder: Path) -> _Results:
 def _summary(results: _Results, candidate: str) -> dict[str, str]:
     trials = results.rungs[results.rungs.candidate == candidate].drop_duplicates("trial")
     counts = trials.status.value_counts()
+    learned = results.rungs[results.rungs.candidate == candidate].groupby("trial").rows.max().sum()
     row = {
         "candidate": candidate,
         "trials": str(len(trials)),
         "stopped early": str(counts.get("stopped", 0)),
         "failed": str(counts.get("failed", 0)),
     }
+    if results.config.search.budget is not None:
+        row["rows learned"] = f"{learned:,}"
     run = results.best_run(candidate)
     last: Any = {} if run is None else run.iloc[-1].to_dict()
     quality = results.quality
@@ -186,9 +190,7 @@ def _headline(results: _Results, rows: list[dict[str, str]]) -> str:
     text = f"{ranked[0]['candidate']} had the lowest online NLL: {ranked[0]['nll']}"
     if len(ranked) > 1:
         text += ", before " + ", ".join(f"{row['candidate']} {row['nll']}" for row in ranked[1:])
-    trials = results.config.search.trials
-    given = f"{trials} trials" if trials is not None else "the same budget"
-    return text + f". Each had {given} on the same {results.stream['rows']} rows."
+    return text + f". Each had {results.config.search.limits}, all on the same {results.stream['rows']:,} rows."
 
 
 def _front(results: _Results) -> list[dict[str, str]]:
@@ -216,15 +218,36 @@ def _trade_off(results: _Results) -> Figure | None:
     last = results.rungs[results.rungs.status == "complete"].sort_values("rows").groupby("trial").tail(1)
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     front = pareto(results.rungs, objectives).sort_values(second)
-    axis.step(front[second], front[first], where="post", color="#adb5bd", lw=1.2, zorder=1)
+    if len(objectives) == 2:  # of more, the front is no line here
+        axis.step(front[second], front[first], where="post", color="#adb5bd", lw=1.2, zorder=1)
     for name in results.config.candidates:
         mine = last[last.candidate == name]
         axis.scatter(mine[second], mine[first], color=results.color(name), label=name, s=45, zorder=2)
     axis.scatter(front[second], front[first], facecolors="none", edgecolors="#212529", s=95, linewidths=1.2, zorder=3)
-    axis.set(xlabel=second, ylabel=first, xscale="log" if (last[second] > 0).all() else "linear")
+    axis.set(xlabel=_words(second), ylabel=_words(first))
+    if (last[second] > 0).all():
+        _logarithmic(axis)
     _limit(axis, last[first].to_numpy(float))
     axis.legend()
     return figure
+
+
+def _words(metric: str) -> str:
+    words = {"nll": "online NLL", "mse": "online MSE"}
+    return words.get(metric, metric.replace("_", " ").replace("nll", "NLL").replace("mse", "MSE"))
+
+
+class _Plain(ticker.LogFormatter):
+    """Labels those ticks that matplotlib would, with 0.02 instead of 2·10⁻²."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _logarithmic(axis: Axes) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(_Plain())
+    axis.xaxis.set_minor_formatter(_Plain(minor_thresholds=(1.5, 0.5)))
 
 
 def _online(results: _Results) -> Figure:
@@ -306,7 +329,7 @@ def _landscape(results: _Results) -> Figure | None:
             p0, beta, c=finite[results.metric], cmap="viridis_r", s=90, edgecolors="#212529",
             linewidths=[2.0 if status == "complete" else 0.4 for status in finite.status],
         )  # fmt: skip
-        axis.set_xscale("log")
+        _logarithmic(axis)
         axis.set(title=name, xlabel="initial covariance p₀", ylabel="noise decay β")
         figure.colorbar(drawn, ax=axis, label=f"{results.metric} at row {int(finite.rows.iloc[0])}")
     return figure
@@ -400,10 +423,12 @@ def _print(results: _Results, rows: list[dict[str, str]], location: str, console
     console.print(_headline(results, rows), highlight=False, soft_wrap=True)
     if front := _front(results):
         table = Table(title="Pareto front: no trial is better in every metric", title_justify="left", show_edge=False)
-        for column in front[0]:
-            table.add_column(column, justify="right" if column in results.config.search.objectives else "left")
+        columns = [column for column in front[0] if column != "settings"]  # they are in the file
+        for column in columns:
+            numbers = column in results.config.search.objectives
+            table.add_column(column, justify="right" if numbers else "left", overflow="fold")
         for row in front:
-            table.add_row(*row.values())
+            table.add_row(*(row[column] for column in columns))
         console.print(table)
     console.print(f"Report: {location.rstrip('/')}/report.html", highlight=False, soft_wrap=True)
 

@@ -90,6 +90,11 @@ class BudgetConfig(_Strict):
             raise ValueError("give rows or hours, or leave budget out; the number of trials is search.trials")
         return self
 
+    def __str__(self) -> str:
+        parts = [f"{self.rows:,} rows"] if self.rows is not None else []
+        parts += [f"{self.hours:g} hours"] if self.hours is not None else []
+        return " or ".join(parts)
+
 
 RankingMetric = Literal["nll", "window_nll", "near_future_nll", "mse", "window_mse", "near_future_mse"]
 Metric = RankingMetric | Literal["seconds_per_row"]
@@ -147,6 +152,14 @@ class SearchSettings(_Strict):
         for key in ("storage", "warm_start"):
             _check_storage(key, getattr(self, key))
         return self
+
+    @property
+    def limits(self) -> str:
+        """What ends the search of a candidate, for people."""
+        trials = "" if self.trials is None else f"{self.trials} trials"
+        if self.budget is None:
+            return trials
+        return f"{trials}, at most {self.budget}" if trials else f"as many trials as {self.budget} allow"
 
     @property
     def objectives(self) -> list[str]:

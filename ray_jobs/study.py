@@ -126,9 +126,10 @@ class Study:
             self.study.enqueue_trial(point, skip_if_exists=True)
 
     def _seeded(self) -> optuna.samplers.BaseSampler:
-        """The sampler; of a search that goes on, or beside another, it does not draw again what was drawn before."""
-        begun = len(self._own())
+        """The sampler; it does not draw again what this search, one beside it or the one it starts from drew before."""
+        begun, earlier = len(self._own()), self._settings.warm_start
         parts = [begun] * (begun > 0) + [zlib.crc32(self._owner.encode())] * (not self._exclusive)
+        parts += [] if earlier is None else [zlib.crc32(earlier.encode())]
         seed = self._settings.seed
         if parts:
             seed = int(np.random.SeedSequence([seed, *parts]).generate_state(1)[0])
@@ -280,13 +281,14 @@ class Study:
         return Spent(len(own), sum(map(_rows, own)), self.seconds)
 
     def exhausted(self) -> bool:
-        """Whether the budget of rows or hours is spent."""
+        """Whether the budget of rows or hours is spent; there is always enough of it for one trial to begin."""
         budget = self._settings.budget
         if budget is None:
             return False
         spent = self.spent()
-        return (budget.rows is not None and spent.rows >= budget.rows) or (
-            budget.hours is not None and spent.seconds >= 3600 * budget.hours
+        return spent.trials > 0 and (
+            (budget.rows is not None and spent.rows >= budget.rows)
+            or (budget.hours is not None and spent.seconds >= 3600 * budget.hours)
         )
 
     def has_complete(self) -> bool:

@@ -74,6 +74,8 @@ def run(config: SearchConfig) -> str:
             for name, study in studies.items():
                 progress.begin(name)
                 grids[name] = _search(config, name, study, place, _rows(folder), hosts)
+                if study.exhausted():
+                    progress.spent(name, study.spent())
         collect(config, folder, place.location, grids)
         from ray_jobs import report  # matplotlib is slow to load, and no trial needs it
 

@@ -206,6 +206,14 @@ def test_a_budget_counts_over_restarts(storage: optuna.storages.BaseStorage, mon
     assert Study(config(budget={"rows": 1000}), "one", storage).exhausted()
 
 
+def test_there_is_always_enough_for_one_trial(storage: optuna.storages.BaseStorage) -> None:
+    study = Study(config(budget={"hours": 1e-9}), "one", storage)
+    study.start_clock()
+    assert not study.exhausted()
+    study.ask("a")
+    assert study.exhausted()
+
+
 def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StorageError, match=r"needs the package psycopg: pip install \"loko\[postgresql\]\""):

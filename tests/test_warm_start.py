@@ -71,6 +71,19 @@ def test_of_other_rows_the_best_settings_are_tried_first(earlier: Path) -> None:
     assert study.ask("a")["optimizer.initial_covariance"] == 1.0
 
 
+def test_the_sampler_does_not_repeat_the_earlier_search(tmp_path: Path) -> None:
+    """Two searches of one seed draw the same values; one that starts from the other has those already."""
+    plain = config({"points": []}, sampler="random")
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(plain.model_dump(mode="json")))
+    earlier = Study(plain, "one", study_storage(f"sqlite:///{tmp_path / 'study.db'}"), about=ABOUT)
+    drawn = [earlier.ask(key) for key in "abc"]
+    other = {**ABOUT, "stream": "another"}
+    again = config({"points": []}, sampler="random", warm_start=str(tmp_path))
+    study = Study(again, "one", InMemoryStorage(), about=other)
+    warm_start(study, again, "one")
+    assert not [values for values in (study.ask(key) for key in "abc") if values in drawn]
+
+
 def test_other_keys_are_said(earlier: Path) -> None:
     space = {"optimizer.initial_covariance": SPACE["optimizer.initial_covariance"]}
     _, said = begin(earlier, space=space, points=[])
