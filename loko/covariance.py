@@ -135,8 +135,8 @@ class DiagonalProjection:
     outputs: Tensor
 
     def mean_step(self, weights: Tensor) -> Tensor:
-        """``p ∘ Jᵀ w``, (n,)."""
-        return self.covariance.variance * (self.jacobian.mT @ weights.to(self.jacobian.dtype))
+        """``p ∘ Jᵀ w`` for w (N,), or for several (k, N): (n,), or (k, n)."""
+        return self.covariance.variance * (weights.to(self.jacobian.dtype) @ self.jacobian)
 
     def condition(self, root: Tensor) -> Diagonal:
         """``p ← p ∘ (1 − p ∘ colsum((L⁻¹ G J)²))`` with ``L Lᵀ = I + G K Gᵀ``: the diagonal of the exact posterior."""
@@ -288,17 +288,19 @@ class LowRankProjection:
     same: Reduce = field(repr=False)
 
     def mean_step(self, weights: Tensor) -> Tensor:
-        """``P Jᵀ w = U^(-½) M (J̃ M)ᵀ w``, (n,)."""
+        """``P Jᵀ w = U^(-½) M (J̃ M)ᵀ w`` for w (N,), or for several (k, N): (n,), or (k, n)."""
         rank = len(self.gram)
-        own = torch.cat([-(self.cross @ self.shrink).mT @ weights, weights])  # (J̃ M)ᵀ w = own · [W̃; J̃]
-        moved = torch.empty_like(self.seen.covariance.precision)
-        along = torch.zeros_like(own[:rank])
+        own = torch.cat([-weights @ (self.cross @ self.shrink), weights], -1)  # (J̃ M)ᵀ w = own · [W̃; J̃]
+        precision = self.seen.covariance.precision
+        moved = precision.new_empty(*own.shape[:-1], len(precision))
+        along = torch.zeros_like(own[..., :rank])
         for columns, stacked in self.seen.blocks():
-            torch.mv(stacked.mT, own.to(stacked.dtype), out=moved[columns])
-            along += stacked[:rank] @ moved[columns]
-        back = (self.shrink @ self.reduce(along)).to(moved.dtype)
-        scale = self.seen.covariance.precision.rsqrt()
-        return moved.sub_((self.seen.covariance.factor.mT @ back).mul_(scale)).mul_(scale)
+            part = own.to(stacked.dtype) @ stacked
+            along += part @ stacked[:rank].mT
+            moved[..., columns] = part
+        back = (self.reduce(along) @ self.shrink).to(moved.dtype)
+        scale = precision.rsqrt()
+        return moved.sub_((back @ self.seen.covariance.factor).mul_(scale)).mul_(scale)
 
     def condition(self, root: Tensor) -> LowRank:
         """Append the whitened rows ``G J`` to W, keep the L strongest directions, and move the rest into u.

@@ -26,8 +26,8 @@ __all__ = [
     "diagonal_blocks",
     "innovate",
     "innovate_logits",
-    "resolve",
     "times_blocks",
+    "whitened_innovation",
 ]
 
 _FIRST_JITTER = 1e-12
@@ -62,14 +62,30 @@ class Innovation:
     Attributes:
         weights: w, shape (N,). The mean update is ``θ ← θ + P Jᵀ w``.
         root: G, shape (B, m, m). The covariance update is ``P⁻¹ ← P⁻¹ + Jᵀ blockdiag(GᵀG) J``.
+        factor: lower Cholesky factor of ``I + G K Gᵀ``, the whitened innovation covariance, shape (N, N).
         consistency: the normalised innovation squared ``eᵀ S⁻¹ e`` (scalar); its mean is N for a consistent filter.
         jitters: how often a Cholesky factorisation needed a larger diagonal.
     """
 
     weights: Tensor
     root: Tensor
+    factor: Tensor
     consistency: Tensor
     jitters: int
+
+    def resolve(self, vector: Tensor) -> Tensor:
+        """``Gᵀ (I + G K Gᵀ)⁻¹ G v``: what the update takes off an error v (N) of the outputs, in the units of w."""
+        whitened = times_blocks(self.root, vector[:, None])
+        return times_blocks(self.root.mT, torch.cholesky_solve(whitened, self.factor))[:, 0]
+
+    @property
+    def gain(self) -> Tensor:
+        """The mean gain in output space (scalar, 0 to 1): the share of its innovation that the filter believes.
+
+        ``tr(H P Hᵀ S⁻¹) / N``, which is ``1 − tr((I + G K Gᵀ)⁻¹) / N`` once the noise is whitened away. Near zero P
+        has settled beside R; near one every label is taken at its word.
+        """
+        return 1 - torch.cholesky_inverse(self.factor).diagonal().mean()
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
@@ -122,9 +138,9 @@ def innovate(prior: Tensor, observed: Linearization, noise: Tensor) -> Innovatio
         unseen = whitened.square().sum() - inside.square().sum()
         whitened = inside
     whitened = whitened.reshape(-1)
-    innovation, more = cholesky(whitened_innovation(prior, root))
-    solved = torch.cholesky_solve(whitened[:, None], innovation)[:, 0]
-    return Innovation(times_blocks(root.mT, solved), root, whitened @ solved + unseen, jitters + more)
+    factor, more = cholesky(whitened_innovation(prior, root))
+    solved = torch.cholesky_solve(whitened[:, None], factor)[:, 0]
+    return Innovation(times_blocks(root.mT, solved), root, factor, whitened @ solved + unseen, jitters + more)
 
 
 def innovate_logits(prior: Tensor, observed: Linearization, excess: Tensor | None = None) -> Innovation:
@@ -156,33 +172,8 @@ def innovate_logits(prior: Tensor, observed: Linearization, excess: Tensor | Non
     # eᵀS⁻¹e = (Λ⁻¹e)ᵀ w. The floor keeps the statistic finite where the model was certain, and wrong.
     certain = torch.finfo(torch.float32).eps
     unscaled = vectors @ ((vectors.mT @ observed.residual[..., None]) / values.clamp_min(certain)[..., None])
-    return Innovation(weights[:, 0], root, unscaled.reshape(-1) @ weights[:, 0], jitters)
-
-
-def resolve(prior: Tensor, root: Tensor, vector: Tensor) -> Tensor:
-    """``Gᵀ (I + G K Gᵀ)⁻¹ G v``: what an update takes off an error v (N) of the outputs, in the units of weights.
-
-    Args:
-        prior: K, (N, N).
-        root: G, (B, m, k), of an :class:`Innovation`.
-        vector: v, (N,).
-    """
-    factor, _ = cholesky(whitened_innovation(prior, root))
-    return times_blocks(root.mT, torch.cholesky_solve(times_blocks(root, vector[:, None]), factor))[:, 0]
-
-
-def gain(prior: Tensor, root: Tensor) -> Tensor:
-    """The mean gain of a batch in output space (scalar, 0 to 1): the share of its innovation that the filter believes.
-
-    ``tr(H P Hᵀ S⁻¹) / N``, which is ``1 − tr((I + G K Gᵀ)⁻¹) / N`` once the noise is whitened away. Near zero P has
-    settled beside R; near one every label is taken at its word.
-
-    Args:
-        prior: K, shape (N, N).
-        root: G of the innovation, shape (B, m, m).
-    """
-    factor, _ = cholesky(whitened_innovation(prior, root))
-    return 1 - torch.cholesky_inverse(factor).diagonal().mean()
+    factor, more = cholesky(whitened_innovation(prior, root))
+    return Innovation(weights[:, 0], root, factor, unscaled.reshape(-1) @ weights[:, 0], jitters + more)
 
 
 def whitened_innovation(prior: Tensor, root: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance
 from loko.distributed import Exact, Ranks
-from loko.filter import Innovation, Linearization, diagonal_blocks, gain
+from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, whitened_innovation
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
@@ -496,11 +496,10 @@ class LoKO(torch.optim.Optimizer):
         predicted = self.predicted(start)
         prior = predicted.project(jacobian, self._world.reduce, self._world.same)
         innovation, noise = self._innovate(self._noise_state, prior.outputs, observed)
-        delta = prior.mean_step(innovation.weights)
         # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
         if not bool(torch.isfinite(innovation.weights).all()):
             return False
-        adapted = self._adapted(jacobian, prior, observed, innovation)
+        delta, adapted = self._moves(jacobian, prior, observed, innovation)
         posterior = prior.condition(innovation.root)
         changed = [delta, *posterior.state().values(), *([] if adapted is None else [adapted.trace])]
         total = torch.stack([value.sum().double() for value in changed])
@@ -510,25 +509,24 @@ class LoKO(torch.optim.Optimizer):
         for g in self.param_groups if scale is not None else ():
             g["initial_covariance"] *= scale
         self._noise_state = noise
-        believed = float(gain(prior.outputs, innovation.root))
-        self._counters.innovated(float(innovation.consistency) / observed.residual.numel(), believed)
+        consistency = float(innovation.consistency) / observed.residual.numel()
+        self._counters.innovated(consistency, float(innovation.gain))
         self._counters.jitters += innovation.jitters
         delta = self._world.gather_columns(delta)
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
         torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
         return True
 
-    def _adapted(
+    def _moves(
         self, jacobian: Tensor, prior: Projection, observed: Linearization, innovation: Innovation
-    ) -> Scale | None:
-        """The scale of P after a batch; None without ``scale_adaptation``."""
+    ) -> tuple[Tensor, Scale | None]:
+        """The step of the mean, (n,), and the scale of P after a batch (None without ``scale_adaptation``)."""
         if self._scale is None:
-            return None
-
-        def reduce(partial: Tensor) -> Tensor:
-            return self._world.same(self._world.reduce(partial))
-
-        return self._scale.update(self._settings["scale_adaptation"], jacobian, prior, observed, innovation, reduce)
+            return prior.mean_step(innovation.weights), None
+        moved = self._world.same(self._world.reduce(jacobian @ self._scale.trace)).double()
+        change = self._scale.change(prior.outputs, innovation, moved)
+        delta, step = prior.mean_step(torch.stack([innovation.weights, change]))  # both in one walk of J
+        return delta, self._scale.update(self._settings["scale_adaptation"], observed, moved, step)
 
     def _innovate(self, state: Tensor, prior: Tensor, observed: Linearization) -> tuple[Innovation, Tensor]:
         """The innovation and the next noise, the same to the last bit on every rank: what follows branches on them."""
@@ -537,7 +535,9 @@ class LoKO(torch.optim.Optimizer):
         weights, root, consistency, jitters, noise = self._world.same_of(
             [found.weights, found.root, found.consistency, jitters, noise]
         )
-        return Innovation(weights, root, consistency, int(jitters)), noise
+        alone = self._world.world_size == 1  # else cheaper to find again than to send
+        factor = found.factor if alone else cholesky(whitened_innovation(prior, root))[0]
+        return Innovation(weights, root, factor, consistency, int(jitters)), noise
 
     def _start_scale(self, jacobian: Tensor, directions: Tensor) -> float | None:
         """What the first rows ask the covariance to be multiplied by; None but on the first step with ``auto``.

@@ -24,8 +24,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from loko.covariance import Projection, Reduce, alone
-from loko.filter import Innovation, Linearization, resolve
+from loko.filter import Innovation, Linearization
 
 __all__ = ["LIMIT", "Scale"]
 
@@ -60,29 +59,27 @@ class Scale:
         """s of the next step."""
         return math.exp(self.step)
 
-    def update(
-        self,
-        rate: float,
-        jacobian: Tensor,
-        prior: Projection,
-        observed: Linearization,
-        innovation: Innovation,
-        reduce: Reduce = alone,
-    ) -> Scale:
+    def change(self, outputs: Tensor, innovation: Innovation, moved: Tensor) -> Tensor:
+        """What J's rows add to h, in the units of w, (N,): the bracket of the module's docstring.
+
+        Args:
+            outputs: K, (N, N), of the scaled P.
+            innovation: of the batch.
+            moved: J h, (N,) float64.
+        """
+        return innovation.weights - innovation.resolve(outputs @ innovation.weights + _TRACE * moved)
+
+    def update(self, rate: float, observed: Linearization, moved: Tensor, step: Tensor) -> Scale:
         """The scale after a batch.
 
         Args:
             rate: μ, about the largest change of log s in one step.
-            jacobian: J, (N, n).
-            prior: P, scaled, seen through J.
-            observed, innovation: of the batch.
-            reduce: sums over the parameters of all ranks.
+            observed: the batch.
+            moved: J h, (N,) float64.
+            step: ``P Jᵀ change``, (n,).
         """
-        moved = reduce(jacobian @ self.trace).double()
         gradient = -float(observed.score.reshape(-1) @ moved) / len(observed.residual)
-        error = prior.outputs @ innovation.weights + _TRACE * moved
-        change = innovation.weights - resolve(prior.outputs, innovation.root, error)
-        trace = _TRACE * self.trace + prior.mean_step(change)
+        trace = _TRACE * self.trace + step
         if gradient == 0.0:  # nothing was learned before, or nothing of what was bears on these rows
             return replace(self, trace=trace, step=0.0)
         steps = self.steps + 1

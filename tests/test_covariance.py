@@ -42,6 +42,8 @@ def test_low_rank_predict_project_and_marginal_are_exact(rank: int) -> None:
     J, w = torch.randn(4, 9).double(), torch.randn(4).double()
     close(covariance.project(J).outputs, J @ P @ J.T)
     close(covariance.project(J).mean_step(w), P @ J.T @ w)
+    several = torch.stack([w, -2 * w.flip(0)])
+    close(covariance.project(J).mean_step(several), several @ J @ P)
     close(covariance.marginal(), P.diagonal())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loko import LoKO
-from loko.covariance import COVARIANCES, Covariance
+from loko.covariance import COVARIANCES, Covariance, Projection
 from loko.filter import Innovation, Linearization, innovate
 from loko.observation import Categorical, linearize, narrow
 from loko.scale import LIMIT, Scale
@@ -24,6 +24,14 @@ def covariance(kind: str, seed: int = 0) -> Covariance:
     jacobian = torch.randn(ROWS * OUTPUTS, COUNT, dtype=torch.float64)
     link = torch.eye(OUTPUTS, dtype=torch.float64).expand(ROWS, -1, -1)
     return start.project(jacobian).condition(link / 2)
+
+
+def learned(
+    scale: Scale, rate: float, jacobian: Tensor, prior: Projection, observed: Linearization, innovation: Innovation
+) -> Scale:
+    """The scale after a batch, as a step has it."""
+    moved = jacobian @ scale.trace
+    return scale.update(rate, observed, moved, prior.mean_step(scale.change(prior.outputs, innovation, moved)))
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "low_rank"])
@@ -45,7 +53,7 @@ def test_the_trace_is_the_derivative_of_the_parameters(kind: str) -> None:
 
     _, observed, innovation = step(0.0)
     # What is left of the trace when the step begins is what it forgot before.
-    updated = Scale(trace / 0.95).update(0.1, jacobian, prior.project(jacobian), observed, innovation)
+    updated = learned(Scale(trace / 0.95), 0.1, jacobian, prior.project(jacobian), observed, innovation)
     expected = (step(1e-5)[0] - step(-1e-5)[0]) / 2e-5
     torch.testing.assert_close(updated.trace, expected, rtol=1e-7, atol=1e-8)
 
@@ -68,7 +76,7 @@ def test_the_hypergradient_is_that_of_the_mean_negative_log_likelihood(narrowed:
     jacobian = (directions @ weights).reshape(-1, COUNT)
     prior = covariance("diagonal").project(jacobian)
     innovation = innovate(prior.outputs, observed, model.initial_noise(OUTPUTS, None))
-    updated = Scale(trace).update(0.1, jacobian, prior, observed, innovation)
+    updated = learned(Scale(trace), 0.1, jacobian, prior, observed, innovation)
     gradient = float((loss(1e-5) - loss(-1e-5)) / 2e-5)
     assert math.copysign(math.sqrt(updated.square / 0.05), updated.mean) == pytest.approx(gradient, rel=1e-7)
     assert updated.step == pytest.approx(math.copysign(0.1, -gradient))  # the first is normalised by itself
@@ -82,12 +90,12 @@ def test_a_scale_without_a_past_stays_and_none_passes_the_limit() -> None:
         Categorical(), torch.randn(ROWS, OUTPUTS, dtype=torch.float64), torch.tensor([0, 1, 2, 0]), 0.0
     )
     innovation = innovate(prior.outputs, observed, Categorical().initial_noise(OUTPUTS, None))
-    first = Scale(torch.zeros(COUNT, dtype=torch.float64)).update(1.0, jacobian, prior, observed, innovation)
+    first = learned(Scale(torch.zeros(COUNT, dtype=torch.float64)), 1.0, jacobian, prior, observed, innovation)
     assert (first.step, first.log, first.steps) == (0.0, 0.0, 0)
     assert bool(first.trace.any())
     for log in (LIMIT, -LIMIT):
         for direction in (1.0, -1.0):
-            scale = Scale(direction * first.trace, log=log).update(1.0, jacobian, prior, observed, innovation)
+            scale = learned(Scale(direction * first.trace, log=log), 1.0, jacobian, prior, observed, innovation)
             assert abs(scale.log) <= LIMIT
             assert scale.log == pytest.approx(log + scale.step)
 
