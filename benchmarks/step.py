@@ -52,6 +52,7 @@ Inputs = dict[str, Tensor]
 Step = Callable[[], None]
 
 _TOKENS = 32
+_BF16 = ", bf16 passes"
 _MEMORY_CASE = ("roberta-base", 10, 8)
 
 
@@ -189,6 +190,7 @@ def contenders(
         return step
 
     diagonal: dict[str, Any] = {"covariance": "diagonal"}
+    bf16: dict[str, Any] = {"backward_dtype": "bfloat16"}
     found: dict[str, Callable[[], Step]] = {
         "forward": forward,
         "adamw": adamw,
@@ -198,8 +200,11 @@ def contenders(
     if case.classes <= 10:
         found["loko exact"] = lambda: loko(output_tolerance=0.0)
         found["loko diagonal, exact"] = lambda: loko(output_tolerance=0.0, **diagonal)
+    if case.classes == 10:
+        found[f"loko exact{_BF16}"] = lambda: loko(output_tolerance=0.0, **bf16)
     if case.classes == 10 and case.batch == 4:
         found["jacrev EKF"] = lambda: jacrev_ekf(copy.deepcopy(model), inputs, labels)
+        found[f"loko diagonal, exact{_BF16}"] = lambda: loko(output_tolerance=0.0, **diagonal, **bf16)
     return {name: make() for name, make in found.items() if only in (None, name)}
 
 
@@ -346,8 +351,9 @@ STREAM: dict[str, dict[str, Any]] = {
     "loko": {"name": "loko"},
     "loko, τ = 0.1": {"name": "loko", "output_tolerance": 0.1},
     "loko exact": {"name": "loko", "output_tolerance": 0.0},
+    f"loko{_BF16}": {"name": "loko", "backward_dtype": "bfloat16"},
 }
-BINARY = ("adamw", "loko", "loko exact")
+BINARY = ("adamw", "loko", "loko exact", f"loko{_BF16}")
 
 
 def stream_experiments(threads: int) -> dict[str, ExperimentConfig]:
@@ -434,19 +440,23 @@ def goals(
         return [*base[0], *base[1], *memory]
     lines = [
         *ratio(Case("encoder-22m", 2, 8), "loko exact", 1.15),
-        *ratio(Case("encoder-22m", 10, 4), "loko exact", 3.0),
-        *ratio(Case("encoder-22m", 10, 8), "loko exact", 3.0),
-        *ratio(Case("convnext-0.2m", 10, 8), "loko exact", 3.0),
+        *(
+            line
+            for case in (Case("encoder-22m", 10, 4), Case("encoder-22m", 10, 8), Case("convnext-0.2m", 10, 8))
+            for name in ("loko exact", f"loko exact{_BF16}")
+            for line in ratio(case, name, 3.0)
+        ),
         *ratio(Case("encoder-22m", 100, 8), "loko adaptive", 4.0),
         *ratio(Case("convnext-0.2m", 100, 8), "loko adaptive", 4.0),
     ]
     for case in (Case("encoder-22m", 10, 4), Case("convnext-0.2m", 10, 4)):
         if case.name in found:
             times = found[case.name].milliseconds
-            value = times["jacrev EKF"] / times["loko diagonal, exact"]
-            lines.append(Goal(f"jacrev EKF / LoKO, {case.name}", ">= 6", value, value >= 6))
+            for passes in ("", _BF16):
+                value = times["jacrev EKF"] / times[f"loko diagonal, exact{passes}"]
+                lines.append(Goal(f"jacrev EKF / LoKO{passes}, {case.name}", ">= 6", value, value >= 6))
     for name, stream in learned.items():
-        for contender in ("loko", "loko, τ = 0.1"):
+        for contender in ("loko", "loko, τ = 0.1", f"loko{_BF16}"):
             if contender in stream:
                 value = stream[contender]["over_adamw"]
                 lines.append(Goal(f"{contender} / AdamW, {name} stream, batch 4", "<= 2", value, value <= 2))
@@ -470,14 +480,19 @@ def plot(results: list[dict[str, Any]], device: str, path: Path) -> None:
     """Bars of the ratio to AdamW, a group a case."""
     from matplotlib import pyplot as plt
 
-    shown = {"loko adaptive": "#d9480f", "loko exact": "#0b6e99", "loko diagonal, exact": "#74c0fc"}
-    figure, axis = plt.subplots(figsize=(8, 0.55 * len(results) + 1), layout="constrained")
+    shown = {
+        "loko adaptive": "#d9480f",
+        "loko exact": "#0b6e99",
+        f"loko exact{_BF16}": "#3bc9db",
+        "loko diagonal, exact": "#a5b4c3",
+    }
+    figure, axis = plt.subplots(figsize=(8, 0.62 * len(results) + 1), layout="constrained")
     for place, result in enumerate(reversed(results)):
         for offset, (name, color) in enumerate(shown.items()):
-            value = result["over_adamw"].get(name)
+            value, height = result["over_adamw"].get(name), place + 0.21 * (1.5 - offset)
             if value is not None:
-                axis.barh(place + 0.27 * (1 - offset), value, 0.25, color=color, label=name if place == 0 else None)
-                axis.text(value, place + 0.27 * (1 - offset), f" {value:.2f}", va="center", fontsize=7)
+                axis.barh(height, value, 0.19, color=color)
+                axis.text(value, height, f" {value:.2f}", va="center", fontsize=7)
     axis.set_yticks(range(len(results)), [result["case"] for result in reversed(results)], fontsize=8)
     axis.axvline(1, color="#212529", lw=1)
     axis.set_xlabel(f"time of a step over AdamW's ({device})")

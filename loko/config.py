@@ -87,6 +87,9 @@ class LokoConfig(_Strict):
     jacobian_megabytes: float = Field(
         1024.0, gt=0, description="most memory for J; beyond it fewer outputs are observed"
     )
+    backward_dtype: Literal["bfloat16"] | None = Field(
+        None, description="dtype of the products of the backward passes; null is that of the forward"
+    )
     forgetting: float = Field(1.0, gt=0, le=1, description="forgetting factor λ a step")
     scale_adaptation: float = Field(
         0.2, ge=0, le=1, description="rate μ at which the scale of P follows the online loss; 0 leaves P alone"

@@ -120,6 +120,8 @@ class JacobianEngine:
     Args:
         model: the module whose forward is recorded.
         parameters: names (as in ``model.named_parameters()``) and parameters; their order is the order of columns.
+        backward_dtype: what the backward passes compute products in, where it is not the dtype of the forward. What
+            they sum up stays in that of J. The proof of the routes is always made at full precision.
 
     Use it as::
 
@@ -128,7 +130,12 @@ class JacobianEngine:
         rows = engine.jacobian(outputs, contrast)   # (B·m, n)
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[tuple[str, Parameter]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[tuple[str, Parameter]],
+        backward_dtype: torch.dtype | None = None,
+    ) -> None:
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         self.sizes = [parameter.numel() for parameter in self.parameters]
@@ -150,6 +157,7 @@ class JacobianEngine:
         self._exact = {id(p) for p in self.parameters if id(p) not in mapped}
         self._calls: list[_Call] = []
         self._buffer: Tensor | None = None
+        self._backward_dtype = backward_dtype
         self._vmaps = True
         self._proven = 0  # 1: on a batch of one row; 2: on several rows, which alone can show that samples mix
         self._proven_together = False  # several outputs in one pass
@@ -217,12 +225,14 @@ class JacobianEngine:
         calls = [call for call in calls if self._hooks(call)]
         together = min(observed, self._outputs_a_pass(calls)) > 1
         unproven = unproven or (together and not self._proven_together)
-        self._hooked(calls, outputs, seeds, jacobian)
+        self._hooked(calls, outputs, seeds, jacobian, None if unproven else self._backward_dtype)
         self._exactly(self._exact, outputs, seeds, jacobian)
         if unproven and bool(torch.isfinite(outputs).all()):
             self._prove(calls, outputs, seeds, jacobian)
             self._proven = max(self._proven, rows)
             self._proven_together = self._proven_together or together
+        if unproven and self._backward_dtype is not None:  # as in every later step: a run that resumes proves again
+            self._hooked(calls, outputs, seeds, jacobian, self._backward_dtype)
         return jacobian.view(batch * observed, self.size)
 
     def proven(self, rows: int) -> bool:
@@ -244,7 +254,7 @@ class JacobianEngine:
             raise JacobianError(f"{self.exact_names[0]} takes the exact route, whose passes no other model can share")
         batch, observed = seeds.shape[:2]
         jacobian = self._memory(batch, observed, outputs.device)
-        self._hooked([_Call(*call) for call in calls], outputs, seeds, jacobian)
+        self._hooked([_Call(*call) for call in calls], outputs, seeds, jacobian, self._backward_dtype)
         return jacobian.view(batch * observed, self.size)
 
     def _memory(self, batch: int, observed: int, device: torch.device) -> Tensor:
@@ -288,12 +298,20 @@ class JacobianEngine:
             log.info("%d of %d parameters take the exact route (first: %s)", len(names), len(self.names), names[0])
         return calls
 
-    def _hooked(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
-        """Backward passes to the outputs of the maps, for a few outputs at once, each contracted before the next."""
+    def _hooked(
+        self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor, dtype: torch.dtype | None
+    ) -> None:
+        """Backward passes to the outputs of the maps, for a few outputs at once, each contracted before the next.
+
+        Under autocast a backward pass makes its products in the lower precision, and hands every gradient on in the
+        dtype of the forward.
+        """
         at_once = self._outputs_a_pass(calls)
+        targets = [call.output for call in calls]
         for first in range(0, seeds.shape[1], at_once):
             some = slice(first, first + at_once)
-            reached, deltas = self._backward([call.output for call in calls], outputs, seeds[:, some].transpose(0, 1))
+            with torch.autocast(outputs.device.type, dtype, enabled=dtype is not None):
+                reached, deltas = self._backward(targets, outputs, seeds[:, some].transpose(0, 1))
             made = ((calls[i].module, calls[i].input, delta) for i, delta in zip(reached, deltas, strict=True))
             self._contract(made, jacobian[:, some])
 

@@ -49,6 +49,8 @@ _RECENT, _USUAL = 0.7, 0.99
 _SETTLED = 20
 """Steps before the innovation test says anything: by then R has been estimated."""
 
+_BACKWARD: dict[str | None, torch.dtype | None] = {None: None, "bfloat16": torch.bfloat16}
+
 _STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale")
 _GROUP_SETTINGS = ("initial_covariance", "forgetting", "process_noise")
 
@@ -163,6 +165,8 @@ class LoKO(torch.optim.Optimizer):
         max_outputs: most backward passes a step; None is as many as τ asks for. For very many outputs.
         jacobian_megabytes: most memory for J on one worker. Where the batch needs more, fewer outputs are observed, as
             with ``max_outputs``; the choice is logged once. A fixed number, so that no run depends on its machine.
+        backward_dtype: ``bfloat16`` makes the products of the backward passes in it, where the hardware is faster at
+            it; J is then off by a few parts in a thousand (docs/step.md). None: in the dtype of the forward.
         linearization: ω in [0, 1]: 0 linearises at the prediction (tangent), ω > 0 on the way to the label (secant).
         forgetting: λ in (0, 1]; below one the covariance grows by 1/λ a step.
         scale_adaptation: μ in [0, 1]: the scale of P follows the online loss, by about a factor exp(μ) a step at most
@@ -200,6 +204,7 @@ class LoKO(torch.optim.Optimizer):
         output_tolerance: float = 0.01,
         max_outputs: int | None = None,
         jacobian_megabytes: float = 1024.0,
+        backward_dtype: Literal["bfloat16"] | None = None,
         forgetting: float = 1.0,
         scale_adaptation: float = 0.2,
         drift_adaptation: float = 0.0,
@@ -222,6 +227,8 @@ class LoKO(torch.optim.Optimizer):
         _in_range("drift_adaptation", drift_adaptation, 0 <= drift_adaptation <= 1, "in [0, 1]")
         _in_range("max_outputs", max_outputs, max_outputs is None or max_outputs >= 1, ">= 1, or None")
         _in_range("jacobian_megabytes", jacobian_megabytes, jacobian_megabytes > 0, "> 0")
+        if backward_dtype is not None:
+            _one_of("backward_dtype", backward_dtype, ("bfloat16",))
         if isinstance(observation, str):
             _one_of("observation", observation, OBSERVATIONS)
         _in_range("max_skipped", max_skipped, max_skipped >= 0, ">= 0")
@@ -265,6 +272,7 @@ class LoKO(torch.optim.Optimizer):
             "output_tolerance": output_tolerance,
             "max_outputs": max_outputs,
             "jacobian_megabytes": jacobian_megabytes,
+            "backward_dtype": backward_dtype,
             "scale_adaptation": scale_adaptation,
             "drift_adaptation": drift_adaptation,
             "observation": observation,
@@ -272,7 +280,7 @@ class LoKO(torch.optim.Optimizer):
         }
         self._apply_scales(scales or {})
         self._params = [p for g in self.param_groups for p in g["params"]]
-        self._engine = JacobianEngine(model, _named(model, self._params))
+        self._engine = JacobianEngine(model, _named(model, self._params), _BACKWARD[backward_dtype])
         self._observation = OBSERVATIONS[observation]() if isinstance(observation, str) else observation
         self._noise = _build_noise(noise, noise_decay, noise_excess)
         device = self._params[0].device

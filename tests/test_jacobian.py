@@ -380,6 +380,21 @@ def bert() -> nn.Module:
     return BertForSequenceClassification(BertConfig(vocab_size=30, max_position_embeddings=12, num_labels=3, **sizes))
 
 
+def test_backward_passes_in_bfloat16_are_close_to_the_exact_ones_and_the_same_on_the_first_batch() -> None:
+    """The first batch also proves the routes, at full precision; a run that resumes there must not notice."""
+    model = Net(lambda m, x: m.model(x).logits, model=bert().eval())
+    names = [f"model.bert.encoder.layer.{i}.attention.self.{kind}" for i in (0, 1) for kind in ("query", "value")]
+    some = [(n, p) for n, p in trainable(model) if n.rpartition(".")[0] in [*names, "model.classifier"]]
+    assert len(some) == 10
+    exact, fast = JacobianEngine(model, some), JacobianEngine(model, some, torch.bfloat16)
+    first, second = (engine_rows(fast, model, ids(4, 6)).clone() for _ in range(2))
+    want = engine_rows(exact, model, ids(4, 6))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, want)
+    for got, rows in zip(first.split(fast.sizes, -1), want.split(fast.sizes, -1), strict=True):
+        assert float((got - rows).norm()) < 0.02 * float(rows.norm())
+
+
 def convnext() -> nn.Module:
     torch.manual_seed(0)
     return ConvNextForImageClassification(
