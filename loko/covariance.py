@@ -24,8 +24,19 @@ import torch
 from torch import Tensor
 
 from loko.filter import cholesky, times_blocks, whitened_innovation
+from loko.rows import Jacobian
 
-__all__ = ["COVARIANCES", "FLOOR", "Covariance", "Diagonal", "LowRank", "Projection", "alone", "initial_variance"]
+__all__ = [
+    "COVARIANCES",
+    "FLOOR",
+    "Covariance",
+    "Diagonal",
+    "LowRank",
+    "Projection",
+    "alone",
+    "initial_variance",
+    "outward",
+]
 
 FLOOR = 1e-20
 """Smallest variance kept, in float32's range with room for its square root; entries held there are counted."""
@@ -43,7 +54,7 @@ _WHOLE_ELEMENTS = 2**21
 """Up to here there is one block only: what is made of it is kept, which saves more time than the cache does."""
 
 
-def _blocks(jacobian: Tensor, more: int = 0) -> Iterator[slice]:
+def _blocks(jacobian: Jacobian, more: int = 0) -> Iterator[slice]:
     """Slices of the columns of J, for work that also holds ``more`` rows of the same width."""
     count, size = jacobian.shape
     elements = (count + more) * size
@@ -51,6 +62,14 @@ def _blocks(jacobian: Tensor, more: int = 0) -> Iterator[slice]:
     blocks = 1 if elements <= max(_WHOLE_ELEMENTS, a_block) else -(-elements // a_block)
     width = max(1, -(-size // blocks))
     return (slice(first, min(first + width, size)) for first in range(0, size, width))
+
+
+def outward(jacobian: Jacobian, vector: Tensor) -> Tensor:
+    """J v, (N,), for v (n,)."""
+    moved = jacobian.new_zeros(len(jacobian))
+    for columns in _blocks(jacobian):
+        moved += jacobian[:, columns] @ vector[columns]
+    return moved
 
 
 def alone(partial: Tensor) -> Tensor:
@@ -77,7 +96,7 @@ class Covariance(Protocol):
     def predict(
         self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone
     ) -> Covariance: ...
-    def project(self, jacobian: Tensor, reduce: Reduce = alone, same: Reduce = alone) -> Projection: ...
+    def project(self, jacobian: Jacobian, reduce: Reduce = alone, same: Reduce = alone) -> Projection: ...
     def marginal(self, reduce: Reduce = alone) -> Tensor: ...
     def state(self) -> dict[str, Tensor]: ...
     def at_floor(self) -> Tensor: ...
@@ -102,7 +121,7 @@ class Diagonal:
         """``p ← p / λ + q``; λ in (0, 1] and q ≥ 0 are scalars or (n,)."""
         return Diagonal((self.variance / forgetting + process_noise).clamp_max_(CEILING))
 
-    def project(self, jacobian: Tensor, reduce: Reduce = alone, same: Reduce = alone) -> DiagonalProjection:
+    def project(self, jacobian: Jacobian, reduce: Reduce = alone, same: Reduce = alone) -> DiagonalProjection:
         """Look at this covariance through J, (N, n)."""
         outputs = jacobian.new_zeros(len(jacobian), len(jacobian), dtype=torch.float64)
         for columns in _blocks(jacobian):
@@ -131,12 +150,17 @@ class DiagonalProjection:
     """A diagonal covariance seen through J."""
 
     covariance: Diagonal
-    jacobian: Tensor
+    jacobian: Jacobian
     outputs: Tensor
 
     def mean_step(self, weights: Tensor) -> Tensor:
         """``p ∘ Jᵀ w`` for w (N,), or for several (k, N): (n,), or (k, n)."""
-        return self.covariance.variance * (weights.to(self.jacobian.dtype) @ self.jacobian)
+        variance = self.covariance.variance
+        weights = weights.to(variance.dtype)
+        moved = variance.new_empty(*weights.shape[:-1], len(variance))
+        for columns in _blocks(self.jacobian):
+            moved[..., columns] = weights @ self.jacobian[:, columns]
+        return moved.mul_(variance)
 
     def condition(self, root: Tensor) -> Diagonal:
         """``p ← p ∘ (1 − p ∘ colsum((L⁻¹ G J)²))`` with ``L Lᵀ = I + G K Gᵀ``: the diagonal of the exact posterior."""
@@ -190,7 +214,7 @@ class LowRank:
             precision = precision / scale
         return LowRank(precision.clamp_min(1.0 / CEILING), factor)
 
-    def project(self, jacobian: Tensor, reduce: Reduce = alone, same: Reduce = alone) -> LowRankProjection:
+    def project(self, jacobian: Jacobian, reduce: Reduce = alone, same: Reduce = alone) -> LowRankProjection:
         """Look at this covariance through J, (N, n), by a square root of it.
 
         With everything scaled by U^(-½), ``W̃ = W U^(-½)`` and ``J̃ = J U^(-½)``, the covariance is ``M²`` for
@@ -246,7 +270,7 @@ class LowRankView:
     """A low-rank covariance beside a Jacobian, a block of columns at a time: neither is ever copied whole."""
 
     covariance: LowRank
-    jacobian: Tensor
+    jacobian: Jacobian
     made: list[Tensor] = field(default_factory=list, repr=False)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:

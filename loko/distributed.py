@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loko.rows import Jacobian
 from loko.stream.order import slice_of
 
 __all__ = ["Exact", "PeerError", "Ranks", "Share"]
@@ -174,7 +175,7 @@ class Exact(Ranks):
         self.bounds = [slice_of(0, size, rank, self.world_size) for rank in range(self.world_size)]
         self.own = slice(*self.bounds[self.rank])
 
-    def exchange(self, jacobian: Tensor, counts: list[int]) -> Tensor:
+    def exchange(self, jacobian: Jacobian, counts: list[int]) -> Jacobian:
         """From this rank's rows of all columns (N_r, n) to all rows of its own columns (N, n_r); ``counts``: N_r."""
         if self.world_size == 1:
             return jacobian

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
+from loko.rows import Jacobian, Rows
+
 __all__ = ["JacobianEngine", "JacobianError"]
 
 log = logging.getLogger(__name__)
 
-_PASS_ELEMENTS = 2**19  # of the largest δ of one pass: above it, passes together run no faster than one by one
+_PASS_ELEMENTS = 2**19  # of the largest δ of one pass: above it, passes together run no faster than one by one,
+_FEWEST_TOGETHER = 4  # nor do so few of them, which only take more memory
+
+_FACTORED_ELEMENTS = 2**17  # of a weight: below it, keeping its J as factors saves little
 
 _CHECK_TOLERANCE = 1e-2  # above the noise of TF32 and of cancelling sums, far below what a missed use of a weight does
 
@@ -192,10 +198,11 @@ class JacobianEngine:
         if output.requires_grad:
             self._calls.append(_Call(module, (*inputs, *named.values())[0].detach(), output))
 
-    def jacobian(self, outputs: Tensor, contrast: Tensor) -> Tensor:
+    def jacobian(self, outputs: Tensor, contrast: Tensor) -> Jacobian:
         """J = ∂(contrast · outputs)/∂θ for every sample, (B·m, n), rows sample by sample; good until the next call.
 
-        Its dtype is that of the parameters, float32 at least.
+        Its dtype is that of the parameters, float32 at least. A tensor, or ``Rows`` where some of it is kept in factors
+        or, with ``backward_dtype``, in less precision.
 
         Frees the recorded forward. The routes are proven on the first finite batch of one row, and again on the first
         of several (see the module's docstring).
@@ -208,10 +215,9 @@ class JacobianEngine:
             JacobianError: a parameter without a path to the outputs, samples that depend on each other.
         """
         batch, observed = len(outputs), contrast.shape[-2]
-        jacobian = self._memory(batch, observed, outputs.device)
         calls, self._calls = self._calls, []
         if batch == 0:
-            return jacobian.view(0, self.size)
+            return outputs.new_empty(0, self.size, dtype=self.dtype)
         if not outputs.requires_grad:
             raise JacobianError(
                 "the outputs do not depend on any trainable parameter: the closure must run the model given to LoKO, "
@@ -225,22 +231,22 @@ class JacobianEngine:
         calls = [call for call in calls if self._hooks(call)]
         together = min(observed, self._outputs_a_pass(calls)) > 1
         unproven = unproven or (together and not self._proven_together)
-        self._hooked(calls, outputs, seeds, jacobian, None if unproven else self._backward_dtype)
-        self._exactly(self._exact, outputs, seeds, jacobian)
+        jacobian = self._rows(calls, outputs, seeds, None if unproven else self._backward_dtype)
         if unproven and bool(torch.isfinite(outputs).all()):
-            self._prove(calls, outputs, seeds, jacobian)
+            wrong = self._prove(calls, outputs, seeds, jacobian)
             self._proven = max(self._proven, rows)
             self._proven_together = self._proven_together or together
-        if unproven and self._backward_dtype is not None:  # as in every later step: a run that resumes proves again
-            self._hooked(calls, outputs, seeds, jacobian, self._backward_dtype)
-        return jacobian.view(batch * observed, self.size)
+            if wrong or self._backward_dtype is not None:  # as in every later step: a run that resumes proves again
+                del jacobian  # and its memory
+                jacobian = self._rows(calls, outputs, seeds, self._backward_dtype)
+        return jacobian if jacobian.factors or jacobian.dense.dtype != self.dtype else jacobian.dense.flatten(0, 1)
 
     def proven(self, rows: int) -> bool:
         """Whether the routes have been proven on a batch like one of so many rows."""
         return self._proven >= min(rows, 2)
 
     def of_calls(self, calls: Iterable[tuple[nn.Module, Tensor, Tensor]], outputs: Tensor, seeds: Tensor) -> Tensor:
-        """J as ``jacobian`` gives it, from a forward that other models took part in, laid out as this one is.
+        """J as ``jacobian`` gives it, always as a tensor, from a forward that other models took part in.
 
         Args:
             calls: a map of this model, and its input and output in that forward, all models' rows in front.
@@ -252,17 +258,38 @@ class JacobianEngine:
         """
         if self._exact:
             raise JacobianError(f"{self.exact_names[0]} takes the exact route, whose passes no other model can share")
-        batch, observed = seeds.shape[:2]
-        jacobian = self._memory(batch, observed, outputs.device)
-        self._hooked([_Call(*call) for call in calls], outputs, seeds, jacobian, self._backward_dtype)
-        return jacobian.view(batch * observed, self.size)
+        rows = self._empty(seeds, frozenset(), self._backward_dtype or self.dtype)
+        self._hooked([_Call(*call) for call in calls], outputs, seeds, rows, self._backward_dtype)
+        return rows[:, :]
 
-    def _memory(self, batch: int, observed: int, device: torch.device) -> Tensor:
-        """(B, m, n) in one buffer that steps share: J is by far the largest thing a step would allocate."""
-        count = batch * observed * self.size
-        if self._buffer is None or len(self._buffer) < count or self._buffer.device != device:
-            self._buffer = torch.empty(count, dtype=self.dtype, device=device)
-        return self._buffer[:count].view(batch, observed, self.size)
+    def _rows(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, dtype: torch.dtype | None) -> Rows:
+        """J by the routes that are known, from passes in a dtype."""
+        rows = self._empty(seeds, self._factored(calls), dtype or self.dtype)
+        self._hooked(calls, outputs, seeds, rows, dtype)
+        self._exactly(self._exact, outputs, seeds, rows)
+        return rows
+
+    def _factored(self, calls: list[_Call]) -> frozenset[int]:
+        """The weights, all used by one call on one vector a row, whose J is kept as two factors."""
+        used = Counter(id(call.module) for call in calls)
+        return frozenset(
+            id(call.module.weight)
+            for call in calls
+            if isinstance(call.module, nn.Linear) and call.output.dim() == 2 and used[id(call.module)] == 1
+            and call.module.weight.numel() >= _FACTORED_ELEMENTS and id(call.module.weight) in self._columns
+        ) - self._exact  # fmt: skip
+
+    def _empty(self, seeds: Tensor, factored: frozenset[int], dtype: torch.dtype) -> Rows:
+        """J to be filled, in one buffer that steps share: it is by far the largest thing a step would allocate."""
+        batch, observed = seeds.shape[:2]
+        width = self.size - sum(p.numel() for p in self.parameters if id(p) in factored)
+        count = batch * observed * width
+        fits = self._buffer is not None and len(self._buffer) >= count
+        if self._buffer is None or not fits or (self._buffer.device, self._buffer.dtype) != (seeds.device, dtype):
+            self._buffer = None  # before there are two
+            self._buffer = torch.empty(count, dtype=dtype, device=seeds.device)
+        parameters = ((id(p), p.numel(), len(p) if p.dim() else 1) for p in self.parameters)
+        return Rows(self._buffer[:count].view(batch, observed, width), parameters, factored, self.dtype)
 
     def _owned(self, module: nn.Module) -> list[Parameter]:
         return [p for p in module.parameters(recurse=False) if id(p) in self._columns]
@@ -299,7 +326,7 @@ class JacobianEngine:
         return calls
 
     def _hooked(
-        self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor, dtype: torch.dtype | None
+        self, calls: list[_Call], outputs: Tensor, seeds: Tensor, rows: Rows, dtype: torch.dtype | None
     ) -> None:
         """Backward passes to the outputs of the maps, for a few outputs at once, each contracted before the next.
 
@@ -313,7 +340,7 @@ class JacobianEngine:
             with torch.autocast(outputs.device.type, dtype, enabled=dtype is not None):
                 reached, deltas = self._backward(targets, outputs, seeds[:, some].transpose(0, 1))
             made = ((calls[i].module, calls[i].input, delta) for i, delta in zip(reached, deltas, strict=True))
-            self._contract(made, jacobian[:, some])
+            self._contract(made, rows, some)
 
     def _outputs_a_pass(self, calls: list[_Call]) -> int:
         """How many outputs share one vmapped backward pass.
@@ -322,7 +349,8 @@ class JacobianEngine:
         for several outputs saves most of it; large ones run no faster together, and take their number times the memory.
         """
         largest = max((call.output.numel() for call in calls), default=1)
-        return max(1, _PASS_ELEMENTS // largest) if self._vmaps else 1
+        fit = _PASS_ELEMENTS // largest
+        return fit if self._vmaps and fit >= _FEWEST_TOGETHER else 1
 
     def _backward(self, targets: list[Tensor], outputs: Tensor, seeds: Tensor) -> tuple[list[int], Sequence[Tensor]]:
         """Which targets the outputs depend on, and the gradients (k, …) to those from seeds (k, B, C)."""
@@ -349,28 +377,34 @@ class JacobianEngine:
         each = [gradients(seed) for seed in seeds]
         return reached, [torch.stack(grads) for grads in zip(*each, strict=True)]
 
-    def _contract(self, deltas: Iterable[tuple[nn.Module, Tensor, Tensor]], jacobian: Tensor) -> None:
-        """Write into J (B, m, n) what inputs (B, …) and δ (m, B, …) of maps give; other columns of this route are 0."""
-        written = set(self._exact)
+    def _contract(self, deltas: Iterable[tuple[nn.Module, Tensor, Tensor]], rows: Rows, some: slice) -> None:
+        """Write into J what inputs (B, …) and δ (m', B, …) of maps give for some of the observed outputs.
+
+        Other columns of this route are 0.
+        """
+        written, jacobian = set(self._exact), rows.dense[:, some]
         for module, given, delta in deltas:
-            inputs = given.to(jacobian.dtype) if given.is_floating_point() else given
+            inputs = given.to(self.dtype) if given.is_floating_point() else given
             contractions = _contractions(module)
             assert contractions is not None
             for name, contraction in contractions.items():
                 key = id(getattr(module, name))
                 if key not in self._columns or key in self._exact:
                     continue
-                part = contraction(module, inputs, delta.to(jacobian.dtype))
+                if key in rows.factors:
+                    rows.keep(key, some, inputs, delta)
+                    continue
+                part = contraction(module, inputs, delta.to(self.dtype))
                 if key in written:  # the module was called more than once
-                    jacobian[:, :, self._columns[key]] += part
+                    jacobian[:, :, rows.columns[key]] += part
                 else:
-                    jacobian[:, :, self._columns[key]] = part
+                    jacobian[:, :, rows.columns[key]] = part
                     written.add(key)
-        for key, columns in self._columns.items():
+        for key, columns in rows.columns.items():
             if key not in written:
                 jacobian[:, :, columns] = 0.0
 
-    def _exactly(self, keys: set[int], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
+    def _exactly(self, keys: set[int], outputs: Tensor, seeds: Tensor, rows: Rows) -> None:
         parameters = [p for p in self.parameters if id(p) in keys]
         for row in range(len(outputs) if parameters else 0):
             for index, seed in enumerate(seeds[row]):
@@ -378,17 +412,17 @@ class JacobianEngine:
                 alone[row] = seed
                 grads = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, allow_unused=True)
                 for parameter, grad in zip(parameters, grads, strict=True):
-                    columns = jacobian[row, index, self._columns[id(parameter)]]
+                    columns = rows.dense[row, index, rows.columns[id(parameter)]]
                     if grad is None:  # not used for this batch (a branch, an expert)
                         columns.zero_()
                     else:
                         columns.copy_(grad.flatten())
 
-    def _prove(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, jacobian: Tensor) -> None:
-        """Prove on a batch that J is the Jacobian; what the hook route gets wrong takes the exact one, in J too."""
+    def _prove(self, calls: list[_Call], outputs: Tensor, seeds: Tensor, rows: Rows) -> bool:
+        """Prove on a batch that J is the Jacobian. What the hook route gets wrong takes the exact one; True if any."""
         wrong = self._mixed(calls, outputs) if len(outputs) > 1 and calls else set()
         generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(jacobian.shape[:2], generator=generator).to(jacobian)
+        weights = torch.randn(seeds.shape[:2], generator=generator).to(seeds.device, self.dtype)
         expected = torch.autograd.grad(
             outputs,
             self.parameters,
@@ -396,13 +430,12 @@ class JacobianEngine:
             retain_graph=True,
             materialize_grads=True,
         )
-        product = weights.flatten() @ jacobian.flatten(0, 1)  # J is not copied
         resolution = max(torch.finfo(t.dtype).eps for t in (outputs, *(c.output for c in calls)))
         loose = max(_CHECK_TOLERANCE, 40 * resolution)
         # Sums that cancel (the bias of attention keys, which softmax ignores) are rounding noise on either side.
         noise = min(100 * resolution, _CHECK_TOLERANCE) * math.hypot(*(float(grad.norm()) for grad in expected))
         for parameter, want in zip(self.parameters, expected, strict=True):
-            got, want = product[self._columns[id(parameter)]], want.flatten().to(product.dtype)
+            got, want = rows.weighted(id(parameter), weights.flatten()), want.flatten().to(self.dtype)
             if float((got - want).norm()) > loose * float(want.norm()) + noise:
                 wrong.add(id(parameter))
         wrong -= self._exact
@@ -416,7 +449,7 @@ class JacobianEngine:
                 names[0],
             )
             self._exact |= wrong
-            self._exactly(wrong, outputs, seeds, jacobian)
+        return bool(wrong)
 
     def _mixed(self, calls: list[_Call], outputs: Tensor) -> set[int]:
         """Parameters of maps whose rows are not the samples; raises where samples depend on each other."""

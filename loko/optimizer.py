@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance
+from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance, outward
 from loko.distributed import Exact, Ranks
 from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, whitened_innovation
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
 from loko.prediction import Prediction
+from loko.rows import Jacobian
 from loko.scale import Scale
 
 log = logging.getLogger(__name__)
@@ -381,7 +382,7 @@ class LoKO(torch.optim.Optimizer):
         return Pending(observed, directions, own)
 
     @torch.no_grad()
-    def assimilate(self, pending: Pending, jacobian: Tensor, closure: Closure) -> None:
+    def assimilate(self, pending: Pending, jacobian: Jacobian, closure: Closure) -> None:
         """The second half of a step: learn the rows that ``observe`` looked at.
 
         Args:
@@ -492,7 +493,7 @@ class LoKO(torch.optim.Optimizer):
                 f"{len(self._contrast)}: the state is of another model"
             )
 
-    def _learn(self, jacobian: Tensor, observed: Linearization, directions: Tensor) -> bool:
+    def _learn(self, jacobian: Jacobian, observed: Linearization, directions: Tensor) -> bool:
         """One predict and update; False, and nothing changed, when a number in it is not finite."""
         assert self._noise_state is not None
         if not bool(torch.isfinite(observed.residual).all()):
@@ -526,12 +527,12 @@ class LoKO(torch.optim.Optimizer):
         return True
 
     def _moves(
-        self, jacobian: Tensor, prior: Projection, observed: Linearization, innovation: Innovation
+        self, jacobian: Jacobian, prior: Projection, observed: Linearization, innovation: Innovation
     ) -> tuple[Tensor, Scale | None]:
         """The step of the mean, (n,), and the scale of P after a batch (None without ``scale_adaptation``)."""
         if self._scale is None:
             return prior.mean_step(innovation.weights), None
-        moved = self._world.same(self._world.reduce(jacobian @ self._scale.trace)).double()
+        moved = self._world.same(self._world.reduce(outward(jacobian, self._scale.trace))).double()
         change = self._scale.change(prior.outputs, innovation, moved)
         delta, step = prior.mean_step(torch.stack([innovation.weights, change]))  # both in one walk of J
         return delta, self._scale.update(self._settings["scale_adaptation"], observed, moved, step)
@@ -547,7 +548,7 @@ class LoKO(torch.optim.Optimizer):
         factor = found.factor if alone else cholesky(whitened_innovation(prior, root))[0]
         return Innovation(weights, root, factor, consistency, int(jitters)), noise
 
-    def _start_scale(self, jacobian: Tensor, directions: Tensor) -> float | None:
+    def _start_scale(self, jacobian: Jacobian, directions: Tensor) -> float | None:
         """What the first rows ask the covariance to be multiplied by; None but on the first step with ``auto``.
 
         The variance of a logit is the mean over the rows of ``tr((D Dᵀ)⁻¹ D K Dᵀ) / m``, D the directions that J has
@@ -630,7 +631,7 @@ class LoKO(torch.optim.Optimizer):
         assert self._noise_state is not None
         self._noise_state = ranks.reduce(self._noise_state) / ranks.world_size
 
-    def _relearn_noise(self, closure: Closure, jacobian: Tensor, before: Linearization) -> None:
+    def _relearn_noise(self, closure: Closure, jacobian: Jacobian, before: Linearization) -> None:
         assert isinstance(self._noise, EmaResidual)
         assert self._noise_state is not None
         with self._world.together() as share:

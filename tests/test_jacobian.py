@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, ConvNextConf
 
 from loko import JacobianError, LoKO
 from loko.jacobian import JacobianEngine
+from loko.rows import Rows
 from tests.oracle import jacobian as jacrev
 
 pytestmark = [
@@ -202,7 +203,7 @@ def engine_rows(engine: JacobianEngine, model: nn.Module, x: Any, contrast: Tens
         outputs = model(x)
     with torch.no_grad():  # as in LoKO.step
         rows = engine.jacobian(outputs, torch.eye(outputs.shape[1]) if contrast is None else contrast)
-    return rows.view(len(outputs), rows.shape[0] // max(len(outputs), 1), engine.size)
+    return rows[:, :].view(len(outputs), rows.shape[0] // max(len(outputs), 1), engine.size)
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -378,6 +379,39 @@ def bert() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     return BertForSequenceClassification(BertConfig(vocab_size=30, max_position_embeddings=12, num_labels=3, **sizes))
+
+
+def test_what_is_kept_in_factors_is_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def learned(elements: int) -> tuple[nn.Module, LoKO]:
+        monkeypatch.setattr("loko.jacobian._FACTORED_ELEMENTS", elements)
+        torch.manual_seed(0)
+        body = Net(lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x)).mean(1)))), a=lin(4, 5), b=lin(5, 6), c=lin(6, 3))
+        optimizer = LoKO(body)
+        for seed in range(4):
+            x = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(seed))
+            optimizer.step(lambda x=x: (body(x), torch.tensor([0, 1, 2, 0, 1])))
+        return body, optimizer
+
+    (dense, first), (factored, second) = learned(10**9), learned(1)
+    assert all(torch.equal(p, q) for p, q in zip(dense.parameters(), factored.parameters(), strict=True))
+    assert torch.equal(first.covariance.state()["factor"], second.covariance.state()["factor"])
+
+
+def test_columns_of_factored_rows_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))), a=lin(4, 5), b=lin(5, 6), c=lin(6, 3))
+    whole = engine_rows(JacobianEngine(model, trainable(model)), model, real(2, 4)).flatten(0, 1)
+    monkeypatch.setattr("loko.jacobian._FACTORED_ELEMENTS", 1)
+    engine = JacobianEngine(model, trainable(model))
+    with engine.record():
+        outputs = model(real(2, 4))
+    with torch.no_grad():
+        rows = engine.jacobian(outputs, torch.eye(3))
+    assert isinstance(rows, Rows)
+    assert len(rows.factors) == 3
+    for start in range(engine.size):
+        for stop in range(start + 1, engine.size + 1):
+            assert torch.equal(rows[:, start:stop], whole[:, start:stop])
 
 
 def test_backward_passes_in_bfloat16_are_close_to_the_exact_ones_and_the_same_on_the_first_batch() -> None:
