@@ -13,7 +13,6 @@ import copy
 import gc
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 import warnings
@@ -328,14 +327,19 @@ def peak_memory(contender: str) -> float:
     """MiB that two steps of a contender add to this process at their peak; to be run in a process of its own."""
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    with open("/proc/self/statm") as pages:
-        before = int(pages.read().split()[1]) * resource.getpagesize()
+    before = _status("VmRSS")
     case = Case(*_MEMORY_CASE)
     model, inputs, labels = build(case, torch.device("cpu"))
     step = contenders(case, model, inputs, labels, only=contender)[contender]
     for _ in range(2):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return (_status("VmHWM") - before) / 2**10  # getrusage's maximum includes the process that started this one
+
+
+def _status(key: str) -> int:
+    """KiB that /proc says of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0])
 
 
 def memory() -> dict[str, float]:
@@ -500,7 +504,8 @@ def plot(results: list[dict[str, Any]], device: str, path: Path) -> None:
     axis.set_xlabel(f"time of a step over AdamW's ({device})")
     axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in shown.values()]
-    axis.legend(handles, list(shown), frameon=False, fontsize=8, loc="lower right")
+    axis.legend(handles, list(shown), frameon=False, fontsize=8, loc="upper right")
+    axis.margins(y=0.01)
     figure.savefig(path, dpi=110)
 
 
@@ -551,7 +556,7 @@ def main(
                     f"{name} stream, {contender}: online NLL {figures['nll']:.4f}, {figures['seconds']:.1f} s, "
                     f"{figures['over_adamw']:.2f} of AdamW's time"
                 )
-        if device.type == "cpu" and Path("/proc/self/statm").exists():
+        if device.type == "cpu" and Path("/proc/self/status").exists():
             peaks = memory()
             print("peak memory, MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
     lines = goals(results, learned, peaks, device)
