@@ -129,6 +129,9 @@ class JacobianEngine:
         backward_dtype: what the backward passes compute products in, where it is not the dtype of the forward. What
             they sum up stays in that of J. The proof of the routes is always made at full precision.
 
+    Raises:
+        JacobianError: a compiled model.
+
     Use it as::
 
         with engine.record():
@@ -142,6 +145,11 @@ class JacobianEngine:
         parameters: Sequence[tuple[str, Parameter]],
         backward_dtype: torch.dtype | None = None,
     ) -> None:
+        if any(hasattr(module, "_orig_mod") for module in model.modules()):
+            raise JacobianError(
+                "the model was compiled by torch.compile, whose backward pass runs only once a forward; give LoKO, and "
+                "call in the closure, the model from before (it is in the compiled one's _orig_mod)"
+            )
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         self.sizes = [parameter.numel() for parameter in self.parameters]

@@ -381,6 +381,11 @@ def bert() -> nn.Module:
     return BertForSequenceClassification(BertConfig(vocab_size=30, max_position_embeddings=12, num_labels=3, **sizes))
 
 
+def test_a_compiled_model_is_refused_with_what_to_do() -> None:
+    with pytest.raises(JacobianError, match=r"compiled by torch\.compile.*_orig_mod"):
+        LoKO(torch.compile(lin(3, 2)))
+
+
 def test_what_is_kept_in_factors_is_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     def learned(elements: int) -> tuple[nn.Module, LoKO]:
         monkeypatch.setattr("loko.jacobian._FACTORED_ELEMENTS", elements)
