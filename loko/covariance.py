@@ -5,7 +5,7 @@ A covariance is an immutable value on the flat vector of trainable parameters (o
     predicted = covariance.predict(forgetting, process_noise)
     prior     = predicted.project(J)             # K = J P Jᵀ, all that output space needs to know
     delta     = prior.mean_step(weights)         # P Jᵀ w
-    posterior = prior.condition(root)            # P⁻¹ + Jᵀ blockdiag(GᵀG) J, restricted to the kind
+    posterior = prior.condition(root, decay)     # P⁻¹ + Jᵀ blockdiag(GᵀG) J, restricted to the kind
 
 and nothing is written in place, so a step that turns out not to be finite is dropped by not keeping its result.
 
@@ -16,6 +16,7 @@ filter hands in an all-reduce. Whatever is a choice that rounding could make oth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -83,7 +84,7 @@ class Projection(Protocol):
     @property
     def outputs(self) -> Tensor: ...
     def mean_step(self, weights: Tensor) -> Tensor: ...
-    def condition(self, root: Tensor) -> Covariance: ...
+    def condition(self, root: Tensor, decay: float = 1.0) -> Covariance: ...
 
 
 class Covariance(Protocol):
@@ -162,8 +163,11 @@ class DiagonalProjection:
             moved[..., columns] = weights @ self.jacobian[:, columns]
         return moved.mul_(variance)
 
-    def condition(self, root: Tensor) -> Diagonal:
-        """``p ← p ∘ (1 − p ∘ colsum((L⁻¹ G J)²))`` with ``L Lᵀ = I + G K Gᵀ``: the diagonal of the exact posterior."""
+    def condition(self, root: Tensor, decay: float = 1.0) -> Diagonal:
+        """``p ← p ∘ (1 − p ∘ colsum((L⁻¹ G J)²))`` with ``L Lᵀ = I + G K Gᵀ``: the diagonal of the exact posterior.
+
+        It has no directions, so there is none to decay.
+        """
         innovation, _ = cholesky(whitened_innovation(self.outputs, root))
         identity = torch.eye(len(self.outputs), dtype=root.dtype, device=root.device)
         rows = torch.linalg.solve_triangular(innovation, times_blocks(root, identity), upper=False)
@@ -326,13 +330,18 @@ class LowRankProjection:
         scale = precision.rsqrt()
         return moved.sub_((back @ self.seen.covariance.factor).mul_(scale)).mul_(scale)
 
-    def condition(self, root: Tensor) -> LowRank:
+    def condition(self, root: Tensor, decay: float = 1.0) -> LowRank:
         """Append the whitened rows ``G J`` to W, keep the L strongest directions, and move the rest into u.
 
         Strength is measured against what is known already: the directions are those of ``[W; G J] U^(-½)``, by the
         eigen-decomposition of its (L + N)² Gram matrix, so they do not depend on the units of the parameters. The
         diagonal of what is cut goes to u, which keeps the diagonal of the precision exact whatever the rank. No
         n-row matrix is decomposed, and that Gram matrix follows from those of ``project``.
+
+        Args:
+            root: G, (B, m, k).
+            decay: φ in [0, 1]: ``W ← √φ W``, and the diagonal of the share 1 − φ goes to u as well. J turns as the
+                parameters move, so what was certain along a direction of long ago is kept for each parameter alone.
         """
         rank, count = len(self.gram), len(self.outputs)
         mix = self.cross @ self.shrink  # J̃ = rows + mix W̃
@@ -365,6 +374,9 @@ class LowRankProjection:
                 cut = torch.addmm(stacked[:rank], strong[:rank], kept, alpha=-1.0).square_().sum(0)
                 cut += times_blocks(root, stacked[rank:]).addmm_(strong[rank:], kept, alpha=-1.0).square_().sum(0)
             before = covariance.precision[columns]
+            if decay < 1:
+                cut += kept.square().sum(0).mul_(1.0 - decay)
+                kept = kept.mul_(math.sqrt(decay))
             torch.addcmul(before, before, cut, out=precision[columns])
             torch.mul(kept, before.sqrt(), out=factor[:, columns])
         return LowRank(precision.clamp_max_(1.0 / FLOOR), factor)

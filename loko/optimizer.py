@@ -151,6 +151,9 @@ class LoKO(torch.optim.Optimizer):
             set ``initial_covariance``, ``forgetting`` and ``process_noise`` for itself.
         covariance: ``low_rank`` (precision diag + rank L) or ``diagonal`` (the paper's).
         rank: L of ``low_rank``; 0 is the diagonal precision filter.
+        direction_decay: φ in [0, 1]: the share of the directions of ``low_rank`` that is kept a step. The rest goes
+            into the diagonal, so that the precision of each parameter stays what it was. 1 keeps them until stronger
+            ones come, 0 is the diagonal precision filter.
         initial_covariance: p₀ > 0, variance of every parameter before the first row; or ``auto``: the first batch sets
             it, so that the logits of its rows have the prior variance ``AUTO_VARIANCE`` on average (``gaussian``:
             r₀ times one). The groups then hold their ``scales`` until the first step, and the variance from it on.
@@ -194,6 +197,7 @@ class LoKO(torch.optim.Optimizer):
         *,
         covariance: str = "low_rank",
         rank: int = 16,
+        direction_decay: float = 0.97,
         initial_covariance: float | Literal["auto"] = "auto",
         initial_distribution: str = "constant",
         scales: dict[str, float] | None = None,
@@ -219,6 +223,7 @@ class LoKO(torch.optim.Optimizer):
         _one_of("noise", noise, NOISES)
         _one_of("initial_distribution", initial_distribution, ("constant", "uniform"))
         _in_range("rank", rank, isinstance(rank, int) and rank >= 0, "an integer >= 0")
+        _in_range("direction_decay", direction_decay, 0 <= direction_decay <= 1, "in [0, 1]")
         _in_range("noise_decay", noise_decay, 0 <= noise_decay < 1, "in [0, 1)")
         _in_range("initial_noise", initial_noise, initial_noise is None or 0 < initial_noise < math.inf, "> 0, or None")
         _in_range("noise_excess", noise_excess, 0 <= noise_excess < math.inf, "finite and >= 0")
@@ -263,6 +268,7 @@ class LoKO(torch.optim.Optimizer):
         self._settings: dict[str, Any] = {
             "covariance": covariance,
             "rank": rank,
+            "direction_decay": direction_decay,
             **({"initial_covariance": "auto"} if auto else {}),
             "initial_distribution": initial_distribution,
             "noise": noise,
@@ -509,7 +515,7 @@ class LoKO(torch.optim.Optimizer):
         if not bool(torch.isfinite(innovation.weights).all()):
             return False
         delta, adapted = self._moves(jacobian, prior, observed, innovation)
-        posterior = prior.condition(innovation.root)
+        posterior = prior.condition(innovation.root, self._settings["direction_decay"])
         changed = [delta, *posterior.state().values(), *([] if adapted is None else [adapted.trace])]
         total = torch.stack([value.sum().double() for value in changed])
         if not bool(torch.isfinite(self._world.reduce(total)).all()):

@@ -47,6 +47,7 @@ class Oracle:
     variance: Tensor
     restriction: str = "full"  # full, diagonal (of P), precision (diagonal of P⁻¹), or truncated
     rank: int = 0
+    direction_decay: float = 1.0
     noise: str = "ema"
     decay: float = 0.95
     initial_noise: float | None = None
@@ -148,6 +149,7 @@ class Oracle:
         values, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
         kept = (vectors[:, -self.rank :] * values[-self.rank :]) @ vectors[:, -self.rank :].T
         kept = kept * scale[:, None] * scale
+        kept = self.direction_decay * kept
         self.u = self.u + (data - kept).diagonal()
         return torch.linalg.inv(torch.diag(self.u) + kept)
 

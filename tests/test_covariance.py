@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -60,6 +61,18 @@ def test_truncation_keeps_the_strongest_directions_and_the_diagonal_of_the_preci
     close(after.precision, covariance.precision + weak.square().sum(0))
     before = torch.diag(covariance.precision) + rows.T @ rows
     close(after.precision + after.factor.square().sum(0), before.diagonal())
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_directions_decay_into_the_diagonal(count: int) -> None:
+    """From all directions kept to none, the diagonal filter; the diagonal of the precision is always the same."""
+    prior = random_low_rank().project(torch.randn(count, 9).double())
+    G = torch.randn(count // 2, 2, 2).double()
+    kept, fading, gone = (prior.condition(G, decay) for decay in (1.0, 0.7, 0.0))
+    close(fading.factor, math.sqrt(0.7) * kept.factor)
+    for less in (fading, gone):
+        close(less.precision + less.factor.square().sum(0), kept.precision + kept.factor.square().sum(0))
+    assert not gone.factor.any()
 
 
 @pytest.mark.parametrize("count", [2, 20])

@@ -21,9 +21,12 @@ P0 = 0.5  # exact in float32 as well
 
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # loko's settings, the oracle's restriction
     "diagonal": ({"covariance": "diagonal"}, {"restriction": "diagonal"}),
-    "full": ({"covariance": "low_rank", "rank": 100}, {"restriction": "full"}),
+    "full": ({"covariance": "low_rank", "rank": 100, "direction_decay": 1.0}, {"restriction": "full"}),
     "rank0": ({"covariance": "low_rank", "rank": 0}, {"restriction": "precision"}),
-    "rank3": ({"covariance": "low_rank", "rank": 3}, {"restriction": "truncated", "rank": 3}),
+    "rank3": (
+        {"covariance": "low_rank", "rank": 3, "direction_decay": 0.8},
+        {"restriction": "truncated", "rank": 3, "direction_decay": 0.8},
+    ),
 }
 NOISES = ["ema", "ema_residual", "categorical", "categorical_ema", "fixed"]
 OBSERVATIONS = [("categorical", 2), ("categorical", 5), ("bernoulli", 3), ("gaussian", 2)]
@@ -158,7 +161,7 @@ def test_the_linear_gaussian_case_is_bayesian_regression_however_rows_are_batche
     start = model.map.weight.detach().clone()
     x, y = torch.randn(12, 4, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
     settings = {"initial_noise": noise, "initial_covariance": p0, "scale_adaptation": 0.0}
-    optimizer = LoKO(model, rank=24, noise="fixed", observation="gaussian", **settings)
+    optimizer = LoKO(model, rank=24, direction_decay=1.0, noise="fixed", observation="gaussian", **settings)
     for first, last in itertools.pairwise([0, *sorted(cuts), 12]):
         optimizer.step(lambda a=first, b=last: (model(x[a:b]), y[a:b]))
     precision = torch.eye(4, dtype=torch.float64) / p0 + x.T @ x / noise  # of each output's row of weights

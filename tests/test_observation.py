@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from loko.observation import OBSERVATIONS, Bernoulli, Categorical, Gaussian, linearize
@@ -66,3 +70,32 @@ def test_labels_the_model_cannot_mean(kind: str, outputs: tuple[int, int], label
 def test_a_categorical_needs_two_outputs() -> None:
     with pytest.raises(ValueError, match="at least 2 outputs, the model gives 1; use observation='bernoulli'"):
         Categorical().contrast(1)
+
+
+def test_the_secant_of_a_gaussian_is_its_tangent() -> None:
+    outputs, labels = torch.randn(5, 3), torch.randn(5, 3)
+    tangent, secant = (linearize(Gaussian(), outputs, labels, weight) for weight in (0.0, 0.7))
+    assert torch.equal(tangent.link, secant.link)
+    assert torch.equal(tangent.residual, secant.residual)
+
+
+@given(st.lists(st.floats(-8, 8), min_size=1, max_size=5), st.floats(0.01, 0.45), st.data())
+def test_the_bernoulli_secant_is_the_chord_by_the_midpoint_rule(logits: list[float], weight: float, data: Any) -> None:
+    """docs/filter.md §3: never below the chord from ŷ to ŷ + 2ω e, and above by no more than the rule's own error."""
+    labels = torch.tensor([data.draw(st.lists(st.integers(0, 1), min_size=len(logits), max_size=len(logits)))])
+    outputs = torch.tensor([logits], dtype=torch.float64)
+    observed = linearize(Bernoulli(), outputs, labels, weight)
+    slope = observed.link.diagonal(dim1=-2, dim2=-1)
+    close(observed.link, torch.diag_embed(slope))  # no label in the chord of another
+    start, move = outputs.sigmoid(), 2 * weight * observed.residual
+    chord = move / ((start + move).logit() - outputs)
+    curvature = torch.stack([2 / m**3 + 2 / (1 - m) ** 3 for m in (start, start + move)]).amax(0)
+    rounding = 1e-6
+    assert bool((slope >= chord * (1 - rounding)).all())
+    assert bool((slope <= chord * (1 + move.square() * curvature * slope / 24 + rounding)).all())
+
+
+def test_a_certain_and_wrong_row_has_a_secant_and_no_tangent() -> None:
+    outputs, labels = torch.tensor([[40.0, -40.0]], dtype=torch.float64), torch.tensor([[0, 1]])
+    close(linearize(Bernoulli(), outputs, labels, 0.25).link, 3 / 16 * torch.eye(2, dtype=torch.float64)[None])
+    assert float(linearize(Bernoulli(), outputs, labels, 0.0).link.abs().max()) < 1e-15

@@ -104,7 +104,8 @@ def test_bayesian_linear_regression() -> None:
     model = nn.Linear(3, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     p0, r0 = 2.0, 0.25
-    optimizer = LoKO(model, observation="gaussian", noise="fixed", initial_noise=r0, rank=20, initial_covariance=p0)
+    settings = {"initial_noise": r0, "initial_covariance": p0, "rank": 20, "direction_decay": 1.0}
+    optimizer = LoKO(model, observation="gaussian", noise="fixed", **settings)
     optimizer.step(lambda: (model(x), y))
     posterior = torch.linalg.inv(torch.eye(3).double() / p0 + x.mT @ x / r0)
     prediction = optimizer.predict(lambda: model(x[:4]), calibrated=False)

@@ -26,7 +26,7 @@ KNOWN: dict[str, tuple[dict[str, Any], float, float]] = {
         0.663,
         0.589,
     ),
-    "low rank, secant": ({"initial_covariance": 0.3, "scale_adaptation": 0.0}, 0.720, 0.543),
+    "low rank, secant": ({"initial_covariance": 0.3, "scale_adaptation": 0.0, "direction_decay": 1.0}, 0.720, 0.543),
     "low rank, secant, scale adapted": ({}, 0.720, 0.543),
 }
 
