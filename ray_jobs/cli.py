@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,5 +44,20 @@ def fail() -> Iterator[None]:
         yield
     except (ConfigError, ValueError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
-        typer.echo(str(error), err=True)
+        typer.echo(_LOST if _stands_nowhere() else str(error), err=True)
         raise typer.Exit(2) from error
+
+
+_LOST = (
+    "the folder that this job runs in was removed. Nodes of one machine that share a temporary folder unpack a job's "
+    "working directory over each other: give each `ray start` its own --temp-dir, then run the same command again"
+)
+
+
+def _stands_nowhere() -> bool:
+    """Whether the working directory is gone; Python's own error then names no file."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False

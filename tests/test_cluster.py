@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jobs
-import pandas as pd
 import psutil
 import pytest
+import test_tune
+import typer
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from ray_jobs import cli
 
 CLUSTER = yaml.safe_load((jobs.ROOT / "cluster.yaml").read_text())
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -79,26 +82,39 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def head() -> Iterator[dict[str, str]]:
-    """A head node of its own on loopback; gives the environment of those who submit jobs to it."""
-    port, dashboard, agent, metrics, client = free_ports(5)
+def cluster() -> Iterator[tuple[dict[str, str], dict[str, Path]]]:
+    """Two nodes of one CPU each on loopback: the environment of those who submit jobs, and each node's folder."""
+    port, dashboard, client, *others = free_ports(7)
     # Ray's sockets live below its temporary folder, and their paths must be short.
     temporary = tempfile.mkdtemp(prefix="loko-ray-")
+    folders = {name: Path(temporary, name) for name in ("head", "worker")}
     environment = jobs.environment(RAY_AUTH_MODE="token", HOME=temporary, RAY_USAGE_STATS_ENABLED="0")
-    command = [
-        RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", f"--temp-dir={temporary}/ray",
-        "--disable-usage-stats",
-    ]  # fmt: skip
-    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, capture_output=True, timeout=60)
-    started = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=jobs.LIMIT)
+    roles = {
+        "head": ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+                 f"--ray-client-server-port={client}"],
+        "worker": [f"--address=127.0.0.1:{port}"],
+    }  # fmt: skip
     try:
-        assert started.returncode == 0, started.stdout + started.stderr
-        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        run_ray("get-auth-token", "--generate", env=environment)
+        for name, role in roles.items():
+            agent, metrics = others.pop(), others.pop()
+            # Each its own temporary folder: see test_a_working_folder_that_is_gone_is_said.
+            run_ray(
+                "start", *role, "--node-ip-address=127.0.0.1", "--num-cpus=1", f"--temp-dir={folders[name]}",
+                f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", "--disable-usage-stats",
+                env=environment,
+            )  # fmt: skip
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}, folders
     finally:
         stop(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def run_ray(*arguments: str, env: dict[str, str]) -> str:
+    """A command of Ray's, run in the repository; gives what it said."""
+    done = subprocess.run([RAY, *arguments], cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=jobs.LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def stop(temporary: str) -> None:
@@ -121,20 +137,33 @@ def stop(temporary: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_is_submitted_to_a_head_node(head: dict[str, str], tmp_path: Path) -> None:
+def test_a_search_is_submitted_to_a_cluster(cluster: tuple[dict[str, str], dict[str, Path]], tmp_path: Path) -> None:
+    environment, folders = cluster
     path = jobs.search(tmp_path)
-    submitted = subprocess.run(
-        [RAY, "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", "ray_jobs.tune", str(path)],
-        cwd=jobs.ROOT,
-        env=head,
-        capture_output=True,
-        text=True,
-        timeout=jobs.LIMIT,
+    said = run_ray(
+        "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", "ray_jobs.tune", str(path), env=environment
     )
-    said = submitted.stdout + submitted.stderr
-    assert submitted.returncode == 0, said
     assert "succeeded" in said
     assert "lowest online NLL" in said
-    rungs = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    rungs = test_tune.check(tmp_path)
     assert rungs.groupby("candidate").trial.nunique().to_dict() == {"adamw": 2, "loko": 2}
     assert (tmp_path / "results" / "report.html").exists()
+    # Each node was sent the working directory, and ran trials from it.
+    for name, folder in folders.items():
+        (session,) = folder.glob("session_2*")
+        assert list(session.glob("runtime_resources/working_dir_files/_ray_pkg_*/ray_jobs/tune.py")), name
+        assert list(session.glob("logs/worker-*-*.out")), name
+
+
+def test_a_working_folder_that_is_gone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes that share a temporary folder unpack a job's working directory over each other: its driver stands in
+    a folder that was removed, and Python's own error does not say which."""
+    folder = tmp_path / "working_dir"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(typer.Exit), cli.fail():
+        os.path.abspath("results")
+    assert "give each `ray start` its own --temp-dir" in capsys.readouterr().err
