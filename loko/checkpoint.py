@@ -99,10 +99,11 @@ def read_parameters(folder: Path) -> dict[str, Tensor]:
 
 
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy parameters into a model, all of its trainable ones and no other, each of the same shape and finite.
+    """Copy parameters into a model, all of its trainable ones and no other, of the same shape and type and finite.
 
     Raises:
-        CheckpointError: a checkpoint of another model, or values that are not finite. The model is as it was.
+        CheckpointError: a checkpoint of another model or precision, or values that are not finite. The model is as it
+            was.
     """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if set(own) != set(tensors):
@@ -117,11 +118,20 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"a checkpoint of another model: {name} is {tuple(tensors[name].shape)} in it and {tuple(p.shape)} here"
             )
+        if tensors[name].dtype != p.dtype:
+            raise CheckpointError(
+                f"a checkpoint of another precision: {name} is {_word(tensors[name].dtype)} in it and {_word(p.dtype)} "
+                "here; rounded, a run would not go on as it was. Load the model as it was trained"
+            )
         if not bool(torch.isfinite(tensors[name]).all()):
             raise CheckpointError(f"{name} in the checkpoint has values that are not finite; take an earlier one")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(tensors[name])
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def verify(folder: Path) -> dict[str, Any]:

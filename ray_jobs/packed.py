@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import RayActorError
 
 __all__ = ["hosts", "trainable"]
 
@@ -68,6 +68,7 @@ def _member(values: dict[str, Any], hosts: list[Any], plain: dict[str, Any]) -> 
     """A trial: each rung is learned by a host, and reported here."""
     name = tune.get_context().get_trial_id()
     host = _place(hosts, name, plain, values)
+    there = True
     try:
         again = True
         while True:
@@ -79,8 +80,12 @@ def _member(values: dict[str, Any], hosts: list[Any], plain: dict[str, Any]) -> 
                 tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
             if report["finished"]:
                 return
+    except RayActorError:  # Tune starts the trial again, and a late leave would take that one out of the new host
+        there = False
+        raise
     finally:  # also when the scheduler has stopped the trial: report raises SystemExit then
-        host.leave.remote(name)
+        if there:
+            host.leave.remote(name)
 
 
 def _place(hosts: list[Any], name: str, plain: dict[str, Any], values: dict[str, Any]) -> Any:
@@ -93,7 +98,7 @@ def _place(hosts: list[Any], name: str, plain: dict[str, Any], values: dict[str,
             for _, host in sorted(zip(loads, hosts, strict=True), key=lambda pair: pair[0]):
                 if ray.get(host.join.remote(name, plain, values, checkpoint)):
                     return host
-        except ActorUnavailableError:
+        except RayActorError:  # Ray is starting it again
             if time.monotonic() > deadline:
                 raise
         time.sleep(_PAUSE)

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def run(*arguments: object, cwd: Path = ROOT, **more: str) -> subprocess.Complet
     )
 
 
-def run_and_kill(*arguments: object, when: Callable[[], bool], log: Path) -> None:
-    """Start ``python -m``, and as soon as the condition holds kill it with everything it started, at one stroke."""
+@contextmanager
+def started(*arguments: object, when: Callable[[], bool], log: Path) -> Iterator[subprocess.Popen[Any]]:
+    """``python -m``, running, as soon as the condition holds; killed with everything it started if the block fails."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, arguments)],
@@ -80,12 +82,27 @@ def run_and_kill(*arguments: object, when: Callable[[], bool], log: Path) -> Non
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    try:
+        wait_until(when, process, log)
+        yield process
+    finally:
+        if process.poll() is None:
+            kill(process)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], log: Path) -> None:
+    """Return when a condition holds; a process that ended before, or takes too long, is an error with its log."""
     deadline = time.monotonic() + LIMIT
-    while not when():
-        assert process.poll() is None, f"ended before it could be killed:\n{log.read_text()}"
+    while not condition():
+        assert process.poll() is None, f"ended before it came that far:\n{log.read_text()}"
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)
-    kill(process)
+
+
+def run_and_kill(*arguments: object, when: Callable[[], bool], log: Path) -> None:
+    """Start ``python -m``, and as soon as the condition holds kill it with everything it started, at one stroke."""
+    with started(*arguments, when=when, log=log) as process:
+        kill(process)
 
 
 def kill(process: subprocess.Popen[Any]) -> None:

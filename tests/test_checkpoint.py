@@ -102,6 +102,18 @@ def test_parameters_that_are_not_finite(saved: Path) -> None:
     assert torch.equal(net[0].weight, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.float8_e4m3fn])
+def test_parameters_of_another_precision(saved: Path, dtype: torch.dtype) -> None:
+    net = model(seed=1)
+    before = net[0].weight.clone()
+    tensors = {**checkpoint.read_parameters(saved), "1.bias": torch.zeros(2).to(dtype)}
+    with pytest.raises(
+        CheckpointError, match=rf"precision: 1.bias is {dtype} in it and float32 here".replace("torch.", "")
+    ):
+        checkpoint.load_parameters(net, tensors)
+    assert torch.equal(net[0].weight, before)
+
+
 def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
     """state.pt is read with weights_only: an object in it is refused, never made."""
     checkpoint.save(tmp_path, model(), {"path": tmp_path}, BELONGS)

@@ -1,10 +1,13 @@
 """A search of packed trials, from its file to its results."""
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import jobs
 import pandas as pd
+import psutil
 import pytest
 import test_tune
 import yaml
@@ -32,6 +35,31 @@ def test_a_packed_search_leaves_what_any_search_does(tmp_path: Path) -> None:
     done = jobs.run("ray_jobs.tune", jobs.search(tmp_path, search=SEARCH))
     assert done.returncode == 0, done.stdout + done.stderr
     same_as_alone(tmp_path, test_tune.check(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_trials_outlive_their_host(tmp_path: Path) -> None:
+    """SIGKILL of the process that learns for all trials, twice: each trial goes on from its last rung in a new one."""
+    path = jobs.search(tmp_path, rows=600, search={**SEARCH, "trials": 3, "asha": None})
+    results, log = tmp_path / "results", tmp_path / "log"
+    with jobs.started("ray_jobs.tune", path, when=lambda: test_tune.progressed(results, "loko", 4), log=log) as process:
+        first = hosts_of(process)
+        first[0].kill()
+        jobs.wait_until(lambda: test_tune.progressed(results, "adamw", 8), process, log)
+        second = hosts_of(process)
+        assert first[0] not in second
+        second[0].kill()
+        assert process.wait(jobs.LIMIT) == 0, log.read_text()
+    rungs = test_tune.check(tmp_path)
+    assert set(rungs.status) == {"complete"}
+    same_as_alone(tmp_path, rungs)
+
+
+def hosts_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
+    """The processes of a search that hold a backbone each, by the name that Ray gives them."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in family if " ".join(one.cmdline()).startswith("ray::Host")]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""Whole searches of the other kinds, from their file to their results: several metrics, budgets, an earlier search."""
+"""Whole searches of the other kinds, from their file to their results: several metrics, budgets, an earlier search, a bucket."""
 
 import json
 import re
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pandas as pd
 import pytest
 import yaml
 from optuna.trial import TrialState
-from test_tune import trials_of
+from pyarrow import fs
+from test_tune import check, trials_of
 
 from loko import online
 from loko.config import ExperimentConfig
+from ray_jobs.places import Place
 from ray_jobs.settings import SearchConfig, read
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -111,6 +115,50 @@ def test_an_earlier_search_is_a_start(spent: tuple[Path, str], tmp_path: Path) -
     # A given point is tried by both; what the sampler drew was not drawn again.
     assert len(before.keys() & mine.keys()) == 1
     assert "starting from what" in (new / "results" / "report.html").read_text()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3 server on loopback, and the environment of those who use it."""
+    server = pytest.importorskip("moto.server", reason="the package moto is not installed").ThreadedMotoServer
+    for key, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    one = server(ip_address="127.0.0.1", port=0, verbose=False)
+    one.start()
+    try:
+        query = f"endpoint_override=127.0.0.1:{one.get_host_and_port()[1]}&scheme=http"
+        files, _ = fs.FileSystem.from_uri(f"s3://loko?{query}&allow_bucket_creation=true")
+        files.create_dir("loko")
+        yield f"s3://loko/searches/tiny?{query}"
+    finally:
+        one.stop()
+
+
+def test_results_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    """Killed, and run again on the same bucket: the files and figures of any search, and none of them here."""
+    results, log = tmp_path / "results", tmp_path / "log"
+    results.mkdir()
+    search = {"trials": 2, "asha": None, "storage": f"sqlite:///{results / 'study.db'}"}
+    path = jobs.search(tmp_path, rows=400, results=bucket, search=search)
+    place = Place(bucket)
+
+    def progressed() -> bool:
+        return any("checkpoint_000003" in place.names("tune", "loko", trial) for trial in place.names("tune", "loko"))
+
+    jobs.run_and_kill("ray_jobs.tune", path, when=progressed, log=log)
+    done = jobs.run("ray_jobs.tune", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Report: {place.at('report.html')}" in done.stdout
+    assert [one.name for one in results.iterdir()] == ["study.db"]
+    with place.working_folder() as copy:
+        shutil.copytree(copy, results, dirs_exist_ok=True)
+    check(tmp_path)
+    assert {"adapter", "best.yaml", "plots", "report.html", "results.parquet", "search.yaml"} <= set(place.names())
+    # The report again, and the winner, from what lies in the bucket.
+    again = jobs.run("ray_jobs.report", bucket)
+    assert again.returncode == 0, again.stdout + again.stderr
+    *_, last = online.advance(online.start(read(ExperimentConfig, results / "best.yaml", [])))
+    assert last["nll"] == pytest.approx(rungs_of(tmp_path).query("finished").nll.min(), abs=1e-12)
 
 
 def _finals(rungs: pd.DataFrame) -> list[tuple[str, float]]:
