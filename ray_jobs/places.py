@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from loko.config import ConfigError
 
-__all__ = ["Place", "file_system", "is_url"]
+__all__ = ["Place", "below", "file_system", "is_url"]
 
 _LARGE = ("tune", "train")  # what Ray writes to the place itself
 
@@ -24,6 +24,12 @@ _LARGE = ("tune", "train")  # what Ray writes to the place itself
 def is_url(location: str) -> bool:
     """Whether a location is a URL rather than a path."""
     return "://" in location
+
+
+def below(location: str, *names: str) -> str:
+    """The path or URL of something below another, as it was written; what stands behind a URL's ? stays behind."""
+    base, mark, query = location.partition("?") if is_url(location) else (location, "", "")
+    return "/".join([base.rstrip("/"), *names]) + mark + query
 
 
 class Place:
@@ -47,10 +53,7 @@ class Place:
 
     def at(self, *names: str) -> str:
         """The path or URL of something below it."""
-        if not self.remote:
-            return str(self._local.joinpath(*names))
-        base, _, query = self.location.partition("?")
-        return "/".join([base.rstrip("/"), *names]) + (f"?{query}" if query else "")
+        return below(self.location, *names) if self.remote else str(self._local.joinpath(*names))
 
     @contextmanager
     def working_folder(self) -> Iterator[Path]:

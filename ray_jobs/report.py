@@ -29,7 +29,7 @@ from rich.table import Table
 
 from loko.config import ConfigError, validate
 from ray_jobs.cli import fail, make_app
-from ray_jobs.places import Place
+from ray_jobs.places import Place, below
 from ray_jobs.results import pareto
 from ray_jobs.settings import SearchConfig, in_one_line
 from ray_jobs.study import distribution
@@ -430,7 +430,7 @@ def _print(results: _Results, rows: list[dict[str, str]], location: str, console
         for row in front:
             table.add_row(*(row[column] for column in columns))
         console.print(table)
-    console.print(f"Report: {location.rstrip('/')}/report.html", highlight=False, soft_wrap=True)
+    console.print(f"Report: {below(location, 'report.html')}", highlight=False, soft_wrap=True)
 
 
 def _number(value: Any, digits: int = 4) -> str:

@@ -16,6 +16,7 @@ from loko import online
 from loko.config import ExperimentConfig, validate
 from loko.tasks import save_adapter
 from ray_jobs.halving import fronts
+from ray_jobs.places import below
 from ray_jobs.settings import SearchConfig
 
 if TYPE_CHECKING:  # the report has no need of Ray
@@ -70,7 +71,7 @@ def collect(config: SearchConfig, folder: Path, location: str, grids: dict[str, 
                 best = (score, candidate, result)
     if best is None:
         raise RuntimeError(
-            f"no trial of {config.name} reached the end of the stream; the errors are in {location.rstrip('/')}/tune"
+            f"no trial of {config.name} reached the end of the stream; the errors are in {below(location, 'tune')}"
         )
     table = pd.concat(frames, ignore_index=True)
     kept = [c for c in table.columns if not c.startswith("config/") and c not in _TUNE_COLUMNS]
@@ -94,7 +95,7 @@ def _write_best(
 ) -> None:
     plain = config.experiment_of(candidate, result.config or {})
     what = f"The winner of the search {config.name}: {candidate}, {config.search.metric} {score!r}."
-    _write_experiment(folder / "best.yaml", f"{location}/best.yaml", what, plain)
+    _write_experiment(folder / "best.yaml", below(location, "best.yaml"), what, plain)
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as saved:
         model = online.trained_model(validate(ExperimentConfig, plain), Path(saved))
@@ -113,7 +114,7 @@ def _write_pareto(config: SearchConfig, folder: Path, location: str, rungs: pd.D
         figures = ", ".join(f"{key} {row[key]!r}" for key in objectives)
         what = f"On the Pareto front of the search {config.name}: {row.candidate}, {figures}."
         plain = config.experiment_of(row.candidate, json.loads(row.params))
-        _write_experiment(folder / "pareto" / name, f"{location}/pareto/{name}", what, plain)
+        _write_experiment(folder / "pareto" / name, below(location, "pareto", name), what, plain)
     best.assign(file=names)[["file", "candidate", "trial", *objectives, "params"]].to_csv(
         folder / "pareto" / "front.csv", index=False
     )

@@ -23,7 +23,17 @@ from loko import checkpoint
 from loko.checkpoint import DamagedCheckpointError
 from ray_jobs.places import file_system
 
-__all__ = ["StorageError", "before", "mend", "newest_whole", "of_run", "patiently", "study_storage", "wait_for_room"]
+__all__ = [
+    "StorageError",
+    "before",
+    "mend",
+    "newest_whole",
+    "of_run",
+    "patiently",
+    "stand_in",
+    "study_storage",
+    "wait_for_room",
+]
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +144,19 @@ def before(given: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:
     names = [info.path for info in given.filesystem.get_file_info(selector) if info.path < given.path.rstrip("/")]
     earlier = sorted((name for name in names if name.rpartition("/")[2].startswith("checkpoint_")), reverse=True)
     return [given, *(ray.train.Checkpoint(path, given.filesystem) for path in earlier)]
+
+
+def stand_in(named: list[ray.train.Checkpoint]) -> None:
+    """Put an empty folder in the place of each checkpoint that is gone, of those that Tune would go on from.
+
+    Tune writes down which checkpoint is a trial's newest some time after it has removed the one before, so a kill
+    between the two leaves it with a name of nothing, and it would fail the trial. An empty folder is a checkpoint
+    that is not whole: the trial goes back to one before it, or to its first row, and comes to the same end.
+    """
+    for one in named:
+        if one.filesystem.get_file_info(one.path).type == pyarrow.fs.FileType.NotFound:
+            log.warning("%s is gone; its trial goes back to the checkpoint before it", one.path)
+            one.filesystem.create_dir(one.path, recursive=True)
 
 
 def mend(url: str) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from ray_jobs.places import Place
 from ray_jobs.progress import Progress, ReportProgress
 from ray_jobs.results import collect
 from ray_jobs.settings import SearchConfig, read
-from ray_jobs.storage import study_storage
+from ray_jobs.storage import stand_in, study_storage
 from ray_jobs.study import Study
 from ray_jobs.train import claim
 from ray_jobs.warm_start import warm_start
@@ -141,9 +141,12 @@ def _search(
     scheduling.enter(candidate, scheduling.Search(study, rungs, slots))
     trainable = trials.trainable(config, candidate, place, hosts)
     if _can_go_on(place, candidate):
-        return tune.Tuner.restore(
+        tuner = tune.Tuner.restore(
             place.at("tune", candidate), trainable, resume_unfinished=True, resume_errored=True, param_space={}
-        ).fit()
+        )
+        with suppress(RuntimeError):  # Tune has written down no trial yet
+            stand_in([result.checkpoint for result in tuner.get_results() if result.checkpoint is not None])
+        return tuner.fit()
     callbacks = [ReportProgress(candidate), scheduling.OnlyFailuresInARow()]
     return scheduling.tuner(config, candidate, trainable, place, callbacks).fit()
 

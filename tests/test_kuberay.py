@@ -1,7 +1,7 @@
-"""kuberay.yaml against the fields that KubeRay's reference (ray.io/v1) and Kubernetes' list, as far as it uses them.
+"""kuberay.yaml against the fields of KubeRay's Go types (ray.io/v1) and of Kubernetes' pods, as far as it uses them.
 
-The operator's own schema is megabytes of generated text and there is no cluster here: unknown keys, wrong types and
-numbers that contradict each other are what this finds.
+The schema that is generated from those types has more than a megabyte, and there is no cluster here: unknown keys,
+wrong types and numbers that contradict each other are what this finds.
 """
 
 import copy

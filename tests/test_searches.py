@@ -1,8 +1,9 @@
-"""Whole searches of the other kinds, from their file to their results: several metrics, budgets, an earlier search, a bucket."""
+"""Whole searches of other kinds, from their file to their results: several metrics, budgets, a start, a bucket."""
 
 import json
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from pyarrow import fs
+from test_cluster import free_ports
 from test_tune import check, trials_of
 
 from loko import online
@@ -118,20 +120,34 @@ def test_an_earlier_search_is_a_start(spent: tuple[Path, str], tmp_path: Path) -
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of an S3 server on loopback, and the environment of those who use it."""
-    server = pytest.importorskip("moto.server", reason="the package moto is not installed").ThreadedMotoServer
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket of an S3 server on loopback, and the environment of those who use it.
+
+    The server is moto's. It cannot be installed beside Optuna's and matplotlib's dateutil, so it is a program here.
+    """
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.skip("moto_server is not here; pip install 'moto[server]' into an environment of its own, on the PATH")
     for key, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{key}", value)
-    one = server(ip_address="127.0.0.1", port=0, verbose=False)
-    one.start()
+    (port,) = free_ports(1)
+    log = tmp_path_factory.mktemp("s3") / "log"
+    # Small files in one request: Arrow does not take moto's answer to the end of a multipart upload.
+    query = f"endpoint_override=127.0.0.1:{port}&scheme=http&allow_delayed_open=true"
+    with log.open("w") as file:
+        server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=file)
     try:
-        query = f"endpoint_override=127.0.0.1:{one.get_host_and_port()[1]}&scheme=http"
-        files, _ = fs.FileSystem.from_uri(f"s3://loko?{query}&allow_bucket_creation=true")
-        files.create_dir("loko")
+        jobs.wait_until(lambda: listens(port), server, log)
+        fs.FileSystem.from_uri(f"s3://loko?{query}&allow_bucket_creation=true")[0].create_dir("loko")
         yield f"s3://loko/searches/tiny?{query}"
     finally:
-        one.stop()
+        server.terminate()
+        server.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_results_in_a_bucket(bucket: str, tmp_path: Path) -> None:

@@ -14,7 +14,17 @@ from sqlalchemy.exc import OperationalError
 
 from loko import checkpoint
 from ray_jobs import storage
-from ray_jobs.storage import StorageError, before, mend, newest_whole, of_run, patiently, study_storage, wait_for_room
+from ray_jobs.storage import (
+    StorageError,
+    before,
+    mend,
+    newest_whole,
+    of_run,
+    patiently,
+    stand_in,
+    study_storage,
+    wait_for_room,
+)
 from tests.test_checkpoint import BELONGS, FILES, STATE, model
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -55,6 +65,16 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(storage.time, "sleep", sleep)
     monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
     return pauses
+
+
+def test_a_checkpoint_that_is_gone_is_not_whole(run: Path) -> None:
+    """Tune may go on from a name of nothing; the trial then takes the checkpoint before it, or starts again."""
+    there, gone = (ray.train.Checkpoint(str(run / f"checkpoint_00000{n}")) for n in (2, 5))
+    stand_in([there, gone])
+    assert names([newest_whole(before(gone))]) == ["checkpoint_000002"]  # type: ignore[list-item]
+    first = ray.train.Checkpoint(str(run / "away" / "checkpoint_000000"))
+    stand_in([first])
+    assert newest_whole(before(first)) is None
 
 
 def test_checkpoints_are_listed_newest_first(run: Path) -> None:
