@@ -723,8 +723,8 @@ class LoKO(torch.optim.Optimizer):
         """Load what :meth:`state_dict` gave, of the same model and the same kind of covariance.
 
         Raises:
-            ValueError: a state of another model or covariance, with missing keys, or with values not finite; the
-                optimizer is as it was.
+            ValueError: a state of another model, covariance or precision, with missing keys, or with values not finite;
+                the optimizer is as it was.
         """
         saved = dict(state_dict)
         loaded = saved.pop("filter", None)
@@ -749,6 +749,12 @@ class LoKO(torch.optim.Optimizer):
             raise ValueError(
                 f"this is the state of another covariance: {shapes} there, "
                 f"{whole} here; build LoKO with the settings the state was saved with"
+            )
+        dtypes = {str(value.dtype) for value in given.values()}
+        if dtypes != {str(self._engine.dtype)}:
+            raise ValueError(
+                f"the covariance of this state is in {', '.join(sorted(dtypes))} and here in {self._engine.dtype}; "
+                "load the model in the precision it was saved in"
             )
         scale = loaded["scale"]
         if (scale is None) is not (self._scale is None):

@@ -109,6 +109,10 @@ def _poison(state: dict[str, Any], where: str) -> None:
         ),
         (lambda s: s["filter"].update(covariance={"variance": torch.ones(30)}), r"another covariance: .*variance"),
         (
+            lambda s: s["filter"]["covariance"].update(factor=torch.zeros(4, 30, dtype=torch.float16)),
+            r"in torch\.float.*torch\.float.* and here in torch\.float",
+        ),
+        (
             lambda s: s["filter"]["covariance"].update(factor=torch.zeros(5, 30)),
             r"another covariance: .*\(5, 30\).*there.*\(4, 30\).*here",
         ),
