@@ -3,6 +3,6 @@
 from loko.jacobian import JacobianError
 from loko.optimizer import PAPER, LoKO, NonFiniteError, parameter_groups
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["PAPER", "JacobianError", "LoKO", "NonFiniteError", "parameter_groups"]
