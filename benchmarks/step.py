@@ -505,7 +505,7 @@ def plot(results: list[dict[str, Any]], device: str, path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in shown.values()]
     axis.legend(handles, list(shown), frameon=False, fontsize=8, loc="upper right")
-    axis.margins(y=0.01)
+    axis.set_ylim(-0.5, len(results) - 0.5)
     figure.savefig(path, dpi=110)
 
 
