@@ -204,7 +204,6 @@ def contenders(
         found[f"loko exact{_BF16}"] = lambda: loko(output_tolerance=0.0, **bf16)
     if case.classes == 10 and case.batch == 4:
         found[f"loko diagonal, exact{_BF16}"] = lambda: loko(output_tolerance=0.0, **diagonal, **bf16)
-    if case.classes == 10 and case.batch == 4:
         found["jacrev EKF"] = lambda: jacrev_ekf(copy.deepcopy(model), inputs, labels)
     return {name: make() for name, make in found.items() if only in (None, name)}
 

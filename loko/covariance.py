@@ -5,7 +5,7 @@ A covariance is an immutable value on the flat vector of trainable parameters (o
     predicted = covariance.predict(forgetting, process_noise)
     prior     = predicted.project(J)             # K = J P Jᵀ, all that output space needs to know
     delta     = prior.mean_step(weights)         # P Jᵀ w
-    posterior = prior.condition(root, decay)     # P⁻¹ + Jᵀ blockdiag(GᵀG) J, restricted to the kind
+    posterior = prior.condition(innovation)      # P⁻¹ + Jᵀ blockdiag(GᵀG) J, restricted to the kind
 
 and nothing is written in place, so a step that turns out not to be finite is dropped by not keeping its result.
 
@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loko.filter import cholesky, times_blocks, whitened_innovation
+from loko.filter import Innovation, cholesky, times_blocks
 from loko.rows import Jacobian
 
 __all__ = [
@@ -84,7 +84,7 @@ class Projection(Protocol):
     @property
     def outputs(self) -> Tensor: ...
     def mean_step(self, weights: Tensor) -> Tensor: ...
-    def condition(self, root: Tensor, decay: float = 1.0) -> Covariance: ...
+    def condition(self, innovation: Innovation, decay: float = 1.0) -> Covariance: ...
 
 
 class Covariance(Protocol):
@@ -163,14 +163,14 @@ class DiagonalProjection:
             moved[..., columns] = weights @ self.jacobian[:, columns]
         return moved.mul_(variance)
 
-    def condition(self, root: Tensor, decay: float = 1.0) -> Diagonal:
+    def condition(self, innovation: Innovation, decay: float = 1.0) -> Diagonal:
         """``p ← p ∘ (1 − p ∘ colsum((L⁻¹ G J)²))`` with ``L Lᵀ = I + G K Gᵀ``: the diagonal of the exact posterior.
 
         It has no directions, so there is none to decay.
         """
-        innovation, _ = cholesky(whitened_innovation(self.outputs, root))
+        root = innovation.root
         identity = torch.eye(len(self.outputs), dtype=root.dtype, device=root.device)
-        rows = torch.linalg.solve_triangular(innovation, times_blocks(root, identity), upper=False)
+        rows = torch.linalg.solve_triangular(innovation.factor, times_blocks(root, identity), upper=False)
         rows = rows.to(self.jacobian.dtype)
         variance = torch.empty_like(self.covariance.variance)
         for columns in _blocks(self.jacobian):
@@ -330,7 +330,7 @@ class LowRankProjection:
         scale = precision.rsqrt()
         return moved.sub_((back @ self.seen.covariance.factor).mul_(scale)).mul_(scale)
 
-    def condition(self, root: Tensor, decay: float = 1.0) -> LowRank:
+    def condition(self, innovation: Innovation, decay: float = 1.0) -> LowRank:
         """Append the whitened rows ``G J`` to W, keep the L strongest directions, and move the rest into u.
 
         Strength is measured against what is known already: the directions are those of ``[W; G J] U^(-½)``, by the
@@ -339,11 +339,11 @@ class LowRankProjection:
         n-row matrix is decomposed, and that Gram matrix follows from those of ``project``.
 
         Args:
-            root: G, (B, m, k).
+            innovation: of the batch.
             decay: φ in [0, 1]: ``W ← √φ W``, and the diagonal of the share 1 − φ goes to u as well. J turns as the
                 parameters move, so what was certain along a direction of long ago is kept for each parameter alone.
         """
-        rank, count = len(self.gram), len(self.outputs)
+        rank, count, root = len(self.gram), len(self.outputs), innovation.root
         mix = self.cross @ self.shrink  # J̃ = rows + mix W̃
         outside = self.cross - mix @ self.gram  # rows W̃ᵀ
         unshrunk = self.outputs + outside @ mix.mT + mix @ outside.mT + mix @ self.gram @ mix.mT  # J̃ J̃ᵀ

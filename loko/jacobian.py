@@ -157,14 +157,12 @@ class JacobianEngine:
         self.dtype = torch.float32
         for parameter in self.parameters:
             self.dtype = torch.promote_types(self.dtype, parameter.dtype)
-        offsets = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-        self._columns = {id(p): slice(offsets[i], offsets[i + 1]) for i, p in enumerate(self.parameters)}
+        self._ids = {id(p) for p in self.parameters}
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._maps = [
             module
             for module in model.modules()
-            if _contractions(module) is not None
-            and any(id(p) in self._columns for p in module.parameters(recurse=False))
+            if _contractions(module) is not None and any(id(p) in self._ids for p in module.parameters(recurse=False))
         ]
         self._keys = {id(module): {id(p) for p in self._owned(module)} for module in self._maps}
         mapped = {id(p) for module in self._maps for p in module.parameters(recurse=False)}
@@ -284,7 +282,7 @@ class JacobianEngine:
             id(call.module.weight)
             for call in calls
             if isinstance(call.module, nn.Linear) and call.output.dim() == 2 and used[id(call.module)] == 1
-            and call.module.weight.numel() >= _FACTORED_ELEMENTS and id(call.module.weight) in self._columns
+            and call.module.weight.numel() >= _FACTORED_ELEMENTS and id(call.module.weight) in self._ids
         ) - self._exact  # fmt: skip
 
     def _empty(self, seeds: Tensor, factored: frozenset[int], dtype: torch.dtype) -> Rows:
@@ -300,7 +298,7 @@ class JacobianEngine:
         return Rows(self._buffer[:count].view(batch, observed, width), parameters, factored, self.dtype)
 
     def _owned(self, module: nn.Module) -> list[Parameter]:
-        return [p for p in module.parameters(recurse=False) if id(p) in self._columns]
+        return [p for p in module.parameters(recurse=False) if id(p) in self._ids]
 
     def _hooks(self, call: _Call) -> bool:
         return not self._keys[id(call.module)] <= self._exact
@@ -397,7 +395,7 @@ class JacobianEngine:
             assert contractions is not None
             for name, contraction in contractions.items():
                 key = id(getattr(module, name))
-                if key not in self._columns or key in self._exact:
+                if key not in self._ids or key in self._exact:
                     continue
                 if key in rows.factors:
                     rows.keep(key, some, inputs, delta)

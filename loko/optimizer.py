@@ -515,7 +515,7 @@ class LoKO(torch.optim.Optimizer):
         if not bool(torch.isfinite(innovation.weights).all()):
             return False
         delta, adapted = self._moves(jacobian, prior, observed, innovation)
-        posterior = prior.condition(innovation.root, self._settings["direction_decay"])
+        posterior = prior.condition(innovation, self._settings["direction_decay"])
         changed = [delta, *posterior.state().values(), *([] if adapted is None else [adapted.trace])]
         total = torch.stack([value.sum().double() for value in changed])
         if not bool(torch.isfinite(self._world.reduce(total)).all()):

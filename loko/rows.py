@@ -35,7 +35,7 @@ class Rows:
     """J of one batch, to be filled once and read by columns: ``rows[:, a:b]`` is a tensor (N, b − a) of ``dtype``.
 
     Args:
-        buffer: memory for what is not factored, (B, m, …); ``width`` columns of it are used.
+        buffer: memory for what is not factored, (B, m, and as many columns as that has).
         parameters: key, number of elements and outputs (rows of a weight) of each parameter, in the order of columns.
         factored: keys of the weights kept as factors.
         dtype: of what is read; ``buffer`` may be of less precision.
@@ -48,11 +48,11 @@ class Rows:
         self.dtype = dtype
         self.columns: dict[int, slice] = {}
         self.factors: dict[int, _Factors] = {}
-        self._places: list[tuple[int, int, int | None]] = []  # first and last column, key of what is factored there
-        self._at: list[int] = []  # and where in the buffer the others are
+        # Columns [first, last), the key of what is factored there, and where in the buffer they are if nothing is.
+        self._places: list[tuple[int, int, int | None, int]] = []
         column = used = 0
         for key, group in groupby(parameters, lambda parameter: parameter[0] if parameter[0] in factored else None):
-            start, place = column, used
+            first, at = column, used
             for own, size, outputs in group:
                 if key is None:
                     self.columns[own] = slice(used, used + size)
@@ -61,8 +61,7 @@ class Rows:
                     delta = buffer.new_zeros(*buffer.shape[:2], outputs, dtype=dtype)
                     self.factors[own] = _Factors(delta, delta.new_zeros(len(buffer), size // outputs))
                 column += size
-            self._places.append((start, column, key))
-            self._at.append(place)
+            self._places.append((first, column, key, at))
         self.shape = torch.Size((buffer.shape[0] * buffer.shape[1], column))
 
     def keep(self, key: int, some: slice, given: Tensor, delta: Tensor) -> None:
@@ -96,7 +95,7 @@ class Rows:
     def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
         start, stop, _ = index[1].indices(self.shape[1])
         parts = []
-        for (first, last, key), at in zip(self._places, self._at, strict=True):
+        for first, last, key, at in self._places:
             low, high = max(start, first), min(stop, last)
             if low >= high:
                 continue

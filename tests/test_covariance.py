@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loko import LoKO
-from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Diagonal, LowRank, initial_variance
+from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Diagonal, LowRank, Projection, initial_variance
+from loko.filter import Innovation, cholesky, whitened_innovation
 from tests.test_filter import close
 
 KINDS = [("diagonal", 0), ("low_rank", 0), ("low_rank", 4)]
@@ -21,6 +22,13 @@ def dense(covariance: Covariance) -> Tensor:
         return torch.diag(covariance.variance)
     assert isinstance(covariance, LowRank)
     return torch.linalg.inv(torch.diag(covariance.precision) + covariance.factor.T @ covariance.factor)
+
+
+def posterior(prior: Projection, root: Tensor, decay: float = 1.0) -> Any:
+    """What a batch with this root makes of the covariance."""
+    factor, _ = cholesky(whitened_innovation(prior.outputs, root))
+    innovation = Innovation(torch.zeros(len(prior.outputs)).double(), root, factor, torch.tensor(0.0), 0)
+    return prior.condition(innovation, decay)
 
 
 def random_low_rank(size: int = 9, rank: int = 3, seed: int = 0) -> LowRank:
@@ -51,7 +59,7 @@ def test_low_rank_predict_project_and_marginal_are_exact(rank: int) -> None:
 def test_truncation_keeps_the_strongest_directions_and_the_diagonal_of_the_precision() -> None:
     covariance, J = random_low_rank(), torch.randn(4, 9).double()
     G = torch.randn(2, 2, 2).double()
-    after = covariance.project(J).condition(G)
+    after = posterior(covariance.project(J), G)
     rows = torch.cat([covariance.factor, torch.block_diag(*G) @ J])
     scale = covariance.precision.sqrt()  # strength is measured against what is known already
     _, values, vectors = torch.linalg.svd(rows / scale, full_matrices=False)
@@ -68,7 +76,7 @@ def test_directions_decay_into_the_diagonal(count: int) -> None:
     """From all directions kept to none, the diagonal filter; the diagonal of the precision is always the same."""
     prior = random_low_rank().project(torch.randn(count, 9).double())
     G = torch.randn(count // 2, 2, 2).double()
-    kept, fading, gone = (prior.condition(G, decay) for decay in (1.0, 0.7, 0.0))
+    kept, fading, gone = (posterior(prior, G, decay) for decay in (1.0, 0.7, 0.0))
     close(fading.factor, math.sqrt(0.7) * kept.factor)
     for less in (fading, gone):
         close(less.precision + less.factor.square().sum(0), kept.precision + kept.factor.square().sum(0))
@@ -89,7 +97,7 @@ def test_blocks_of_columns_together_are_the_whole(
         for jacobian in jacobians:
             prior = covariance.project(jacobian)
             found += [prior.outputs, prior.mean_step(w)]
-            covariance = prior.condition(root)
+            covariance = posterior(prior, root)
         return [*found, dense(covariance)]
 
     whole = steps()
@@ -111,7 +119,7 @@ def test_the_units_of_the_parameters_change_nothing(kind: str, rank: int) -> Non
         first, second = plain.project(J), scaled.project(J / units)
         close(second.outputs, first.outputs)
         close(second.mean_step(w) / units, first.mean_step(w))
-        plain, scaled = first.condition(G), second.condition(G)
+        plain, scaled = posterior(first, G), posterior(second, G)
         close(scaled.marginal() / units**2, plain.marginal())
 
 
@@ -129,7 +137,7 @@ def test_slices_together_are_the_whole(kind: str, rank: int) -> None:
 
         def step(covariance: Covariance, J: Tensor, reduce: Any) -> tuple[Covariance, Tensor]:
             prior = covariance.predict(0.9, 0.1, reduce).project(J, reduce)
-            return prior.condition(G), prior.mean_step(w)
+            return posterior(prior, G), prior.mean_step(w)
 
         after, delta = step(whole, J, note)
         parts = []
@@ -187,20 +195,20 @@ def test_clamps_are_where_they_say_and_counted() -> None:
     assert Diagonal(torch.tensor([FLOOR, 1.0])).at_floor() == 1
     assert LowRank(torch.tensor([1.0, 1 / FLOOR]), torch.zeros(0, 2)).at_floor() == 1
     certain = LowRank(torch.full((2,), 1e19), torch.zeros(0, 2)).project(torch.full((1, 2), 1e15))
-    assert certain.condition(torch.ones(1, 1, 1).double()).at_floor() == 2
+    assert posterior(certain, torch.ones(1, 1, 1).double()).at_floor() == 2
     assert torch.equal(Diagonal(torch.ones(2)).predict(1e-30, 0.0).variance, torch.full((2,), CEILING))
     assert torch.equal(
         LowRank(torch.ones(2), torch.zeros(0, 2)).predict(1e-30, 0.0).marginal(), torch.full((2,), CEILING)
     )
     huge = Diagonal(torch.full((2,), 1e20)).project(torch.tensor([[1.0, 0.0]]))  # p² is beyond float32
-    after = huge.condition(torch.ones(1, 1, 1).double()).variance
+    after = posterior(huge, torch.ones(1, 1, 1).double()).variance
     assert after[1] == 1e20
     assert 0 < float(after[0]) < 1e14
 
 
 def test_a_gram_matrix_that_overflows_shows_in_the_posterior() -> None:
     projection = LowRank(torch.full((2,), 1e19), torch.zeros(1, 2)).project(torch.full((1, 2), 1e30))
-    assert projection.condition(torch.ones(1, 1, 1).double()).precision.isnan().all()
+    assert posterior(projection, torch.ones(1, 1, 1).double()).precision.isnan().all()
 
 
 def test_initial_variance() -> None:

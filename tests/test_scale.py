@@ -13,6 +13,7 @@ from loko.covariance import COVARIANCES, Covariance, Projection
 from loko.filter import Innovation, Linearization, innovate
 from loko.observation import Categorical, linearize, narrow
 from loko.scale import LIMIT, Scale
+from tests.test_covariance import posterior
 
 COUNT, OUTPUTS, ROWS = 12, 3, 4
 
@@ -23,7 +24,7 @@ def covariance(kind: str, seed: int = 0) -> Covariance:
     start = COVARIANCES[kind].start(0.5 + torch.rand(COUNT, dtype=torch.float64), 4)
     jacobian = torch.randn(ROWS * OUTPUTS, COUNT, dtype=torch.float64)
     link = torch.eye(OUTPUTS, dtype=torch.float64).expand(ROWS, -1, -1)
-    return start.project(jacobian).condition(link / 2)
+    return posterior(start.project(jacobian), link / 2)
 
 
 def learned(
