@@ -30,12 +30,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.goals import Goal, print_goals, write
-from benchmarks.online import CANDIDATES, RESULTS, Settings, searched
+from benchmarks.online import CANDIDATES, RESULTS, Settings, names_of, searched
 from benchmarks.online_streams import Plain, Stream, make_data, streams
 from loko import LoKO, online
 from loko.config import ExperimentConfig, validate
 from loko.learner import GradientLearner, KalmanLearner
-from loko.metrics import calibration_error
+from loko.metrics import evaluate
 from loko.tasks import Batch
 from ray_jobs.settings import with_values
 
@@ -109,14 +109,9 @@ def scores(run: online.Run, predict: Predict) -> dict[str, float]:
     for batch in _batches(run, run.heldout):
         predicted.append(predict(batch))
         labels.append(batch.labels)
-    probabilities, truth = torch.cat(predicted), torch.cat(labels)
-    correct = (probabilities.argmax(1) == truth).double()
-    right = probabilities.gather(1, truth[:, None])[:, 0]
-    return {
-        "nll": float(-right.clamp_min(1e-300).log().mean()),
-        "ece": calibration_error(probabilities.amax(1), correct),
-        "accuracy": float(correct.mean()),
-    }
+    logarithms = torch.cat(predicted).clamp_min(1e-300).log()  # logits of these very probabilities
+    found = evaluate(logarithms, torch.cat(labels))
+    return {key: found[key] for key in ("nll", "ece", "accuracy")}
 
 
 def _batches(run: online.Run, rows: Any) -> Iterator[Batch]:
@@ -166,11 +161,8 @@ def main(
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = [name.strip() for name in streams_.split(",")]
     known = {stream.name: stream for stream in streams(False)}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise typer.BadParameter(f"stream {unknown[0]!r}; there are: {', '.join(known)}")
+    names = names_of(streams_, list(known), "stream")
     make_data(names)
     lines: list[Plain] = []
     for name in names:

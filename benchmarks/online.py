@@ -233,7 +233,8 @@ def collect(chosen: Sequence[Stream], names: Sequence[str], orders: int, cells: 
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _names(given: str, known: Sequence[str], what: str) -> list[str]:
+def names_of(given: str, known: Sequence[str], what: str) -> list[str]:
+    """The names given, comma-separated, or all; one that is not known is an error."""
     names = [name.strip() for name in given.split(",") if name.strip()] or list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -264,8 +265,8 @@ def main(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     known = {stream.name: stream for stream in streams(full)}
-    names = _names(optimizers, list(CANDIDATES), "optimizer")
-    asked = _names(streams_, list(known), "stream")
+    names = names_of(optimizers, list(CANDIDATES), "optimizer")
+    asked = names_of(streams_, list(known), "stream")
     orders = orders or (5 if full else 3)
     cells = Cells(Settings(trials or (30 if full else 8), rows, full))
     if measure_:

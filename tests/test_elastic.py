@@ -3,10 +3,8 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jobs
 import pytest
@@ -33,14 +31,6 @@ def cluster() -> Iterator[Cluster]:
         yield made
     finally:
         made.shutdown()
-
-
-def wait(condition: Callable[[], Any], process: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + jobs.LIMIT
-    while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
 
 
 def sizes(run: Path) -> list[int]:
@@ -71,11 +61,11 @@ def test_a_run_goes_on_with_fewer_and_takes_them_back(cluster: Cluster, tmp_path
             start_new_session=True,
         )
     try:
-        wait(lambda: sizes(run)[-1:] == [2], process, log)
+        jobs.wait_until(lambda: sizes(run)[-1:] == [2], process, log)
         cluster.remove_node(second, allow_graceful=False)
-        wait(lambda: sizes(run)[-1:] == [1], process, log)
+        jobs.wait_until(lambda: sizes(run)[-1:] == [1], process, log)
         cluster.add_node(num_cpus=1)
-        wait(lambda: sizes(run)[-1:] == [2], process, log)
+        jobs.wait_until(lambda: sizes(run)[-1:] == [2], process, log)
         assert process.wait(timeout=jobs.LIMIT) == 0, log.read_text()
     finally:
         if process.poll() is None:
