@@ -76,12 +76,15 @@ class LokoConfig(_Strict):
     initial_covariance: _Variance = Field(
         "auto", description="variance p0 before the first row; auto: the first batch sets it"
     )
+    prior_variance: float = Field(
+        6.0, gt=0, allow_inf_nan=False, description="variance v of a logit from row to row that auto starts with"
+    )
     initial_distribution: Literal["constant", "uniform"] = Field("constant", description="p0, or U(0, p0]")
     scales: dict[str, float] = Field(default_factory=dict, description="factors on p0 by group: A, B, head, other")
     noise: Literal["ema", "ema_residual", "categorical", "categorical_ema", "fixed"] = Field(
         "ema", description="estimator of the observation noise R"
     )
-    noise_decay: float = Field(0.95, ge=0, lt=1, description="decay β of the moving average of R")
+    noise_decay: float = Field(0.98, ge=0, lt=1, description="decay β of the moving average of R")
     initial_noise: float | None = Field(None, gt=0, description="R's start r0; null takes what suits the observation")
     noise_excess: float = Field(0.3, ge=0, description="fraction κ of categorical_ema")
     linearization: float = Field(0.25, ge=0, le=1, description="0 is the tangent, above 0 the secant's weight ω")

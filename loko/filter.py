@@ -26,6 +26,7 @@ __all__ = [
     "diagonal_blocks",
     "innovate",
     "innovate_logits",
+    "symmetric_root",
     "times_blocks",
     "whitened_innovation",
 ]
@@ -98,6 +99,12 @@ def times_blocks(blocks: Tensor, matrix: Tensor) -> Tensor:
     """``blockdiag(blocks) @ matrix`` for blocks (B, k, m) and matrix (B·m, ...); returns (B·k, ...)."""
     count, rows, columns = blocks.shape
     return (blocks @ matrix.reshape(count, columns, -1)).reshape(count * rows, *matrix.shape[1:])
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """The symmetric square root of a positive semi-definite matrix (k, k)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
 
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, int]:

@@ -15,13 +15,14 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance, outward
 from loko.distributed import Exact, Ranks
-from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, whitened_innovation
+from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, symmetric_root, whitened_innovation
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
 from loko.prediction import Prediction
 from loko.rows import Jacobian
 from loko.scale import Scale
+from loko.start import COMMON, know_the_mean, spread
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ __all__ = ["PAPER", "LoKO", "NonFiniteError", "parameter_groups"]
 PAPER: dict[str, Any] = {
     "covariance": "diagonal",
     "noise": "ema",
+    "noise_decay": 0.95,
     "linearization": 0.0,
     "output_tolerance": 0.0,
     "scale_adaptation": 0.0,
@@ -38,9 +40,6 @@ PAPER: dict[str, Any] = {
 }
 """The filter as published (arXiv 2410.11551): ``LoKO(model, **PAPER)``. The paper sets the scale of the initial
 covariance by hand for each task; 1.0 is where a search starts."""
-
-AUTO_VARIANCE = 4.0
-"""Prior variance of a logit that ``initial_covariance="auto"`` sets (docs/initial_covariance.md)."""
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -155,8 +154,10 @@ class LoKO(torch.optim.Optimizer):
             into the diagonal, so that the precision of each parameter stays what it was. 1 keeps them until stronger
             ones come, 0 is the diagonal precision filter.
         initial_covariance: p₀ > 0, variance of every parameter before the first row; or ``auto``: the first batch sets
-            it, so that the logits of its rows have the prior variance ``AUTO_VARIANCE`` on average (``gaussian``:
-            r₀ times one). The groups then hold their ``scales`` until the first step, and the variance from it on.
+            it, so that logits have the ``prior_variance`` from row to row, and their mean over the rows counts as known
+            (``gaussian``: the variance r₀, or one). The groups then hold their ``scales`` until the first step, and
+            the variance from it on.
+        prior_variance: v > 0 of ``auto``: by how much the first rows' logits may differ from each other.
         initial_distribution: ``constant``, or ``uniform`` for U(0, p₀] as in the paper.
         scales: factors on ``initial_covariance`` by group name, such as ``{"head": 1.0, "A": 10.0}``.
         noise: ``ema``, ``ema_residual``, ``categorical``, ``categorical_ema`` or ``fixed`` (see ``loko.noise``).
@@ -199,10 +200,11 @@ class LoKO(torch.optim.Optimizer):
         rank: int = 16,
         direction_decay: float = 0.97,
         initial_covariance: float | Literal["auto"] = "auto",
+        prior_variance: float = 6.0,
         initial_distribution: str = "constant",
         scales: dict[str, float] | None = None,
         noise: str = "ema",
-        noise_decay: float = 0.95,
+        noise_decay: float = 0.98,
         initial_noise: float | None = None,
         noise_excess: float = 0.3,
         linearization: float = 0.25,
@@ -224,6 +226,7 @@ class LoKO(torch.optim.Optimizer):
         _one_of("initial_distribution", initial_distribution, ("constant", "uniform"))
         _in_range("rank", rank, isinstance(rank, int) and rank >= 0, "an integer >= 0")
         _in_range("direction_decay", direction_decay, 0 <= direction_decay <= 1, "in [0, 1]")
+        _in_range("prior_variance", prior_variance, 0 < prior_variance < math.inf, "finite and > 0")
         _in_range("noise_decay", noise_decay, 0 <= noise_decay < 1, "in [0, 1)")
         _in_range("initial_noise", initial_noise, initial_noise is None or 0 < initial_noise < math.inf, "> 0, or None")
         _in_range("noise_excess", noise_excess, 0 <= noise_excess < math.inf, "finite and >= 0")
@@ -269,7 +272,7 @@ class LoKO(torch.optim.Optimizer):
             "covariance": covariance,
             "rank": rank,
             "direction_decay": direction_decay,
-            **({"initial_covariance": "auto"} if auto else {}),
+            **({"initial_covariance": "auto", "prior_variance": prior_variance} if auto else {}),
             "initial_distribution": initial_distribution,
             "noise": noise,
             "noise_decay": noise_decay,
@@ -504,17 +507,20 @@ class LoKO(torch.optim.Optimizer):
         assert self._noise_state is not None
         if not bool(torch.isfinite(observed.residual).all()):
             return False
-        scale = self._start_scale(jacobian, directions)
-        start = self._covariance if scale is None else self._covariance.predict(1.0 / scale, 0.0)
+        start, scale = self._start(jacobian, directions)
         if self._scale is not None and self._scale.step != 0.0:
             start = start.predict(1.0 / self._scale.factor, 0.0)
         predicted = self.predicted(start)
         prior = predicted.project(jacobian, self._world.reduce, self._world.same)
-        innovation, noise = self._innovate(self._noise_state, prior.outputs, observed)
+        moved = self._moved(jacobian)
+        outputs = prior.outputs
+        if self._scale is not None and moved is not None:
+            outputs = outputs + self._scale.spread(self._settings["scale_adaptation"], moved)
+        innovation, noise = self._innovate(self._noise_state, outputs, observed)
         # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
         if not bool(torch.isfinite(innovation.weights).all()):
             return False
-        delta, adapted = self._moves(jacobian, prior, observed, innovation)
+        delta, adapted = self._moves(moved, prior, observed, innovation)
         posterior = prior.condition(innovation, self._settings["direction_decay"])
         changed = [delta, *posterior.state().values(), *([] if adapted is None else [adapted.trace])]
         total = torch.stack([value.sum().double() for value in changed])
@@ -532,16 +538,23 @@ class LoKO(torch.optim.Optimizer):
         torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
         return True
 
+    def _moved(self, jacobian: Jacobian) -> Tensor | None:
+        """J h, (N,) float64: how a larger P so far would have moved the outputs. None without ``scale_adaptation``."""
+        if self._scale is None:
+            return None
+        return self._world.same(self._world.reduce(outward(jacobian, self._scale.trace))).double()
+
     def _moves(
-        self, jacobian: Jacobian, prior: Projection, observed: Linearization, innovation: Innovation
+        self, moved: Tensor | None, prior: Projection, observed: Linearization, innovation: Innovation
     ) -> tuple[Tensor, Scale | None]:
         """The step of the mean, (n,), and the scale of P after a batch (None without ``scale_adaptation``)."""
-        if self._scale is None:
+        if self._scale is None or moved is None:
             return prior.mean_step(innovation.weights), None
-        moved = self._world.same(self._world.reduce(outward(jacobian, self._scale.trace))).double()
+        rate = self._settings["scale_adaptation"]
         change = self._scale.change(prior.outputs, innovation, moved)
         delta, step = prior.mean_step(torch.stack([innovation.weights, change]))  # both in one walk of J
-        return delta, self._scale.update(self._settings["scale_adaptation"], observed, moved, step)
+        delta = delta.add(self._scale.trace, alpha=self._scale.shift(rate, moved, innovation))
+        return delta, self._scale.update(rate, observed, moved, step)
 
     def _innovate(self, state: Tensor, prior: Tensor, observed: Linearization) -> tuple[Innovation, Tensor]:
         """The innovation and the next noise, the same to the last bit on every rank: what follows branches on them."""
@@ -554,31 +567,32 @@ class LoKO(torch.optim.Optimizer):
         factor = found.factor if alone else cholesky(whitened_innovation(prior, root))[0]
         return Innovation(weights, root, factor, consistency, int(jitters)), noise
 
-    def _start_scale(self, jacobian: Jacobian, directions: Tensor) -> float | None:
-        """What the first rows ask the covariance to be multiplied by; None but on the first step with ``auto``.
+    def _start(self, jacobian: Jacobian, directions: Tensor) -> tuple[Covariance, float | None]:
+        """P before the first rows, and what ``auto`` multiplied it by: None but on the first step.
 
-        The variance of a logit is the mean over the rows of ``tr((D Dᵀ)⁻¹ D K Dᵀ) / m``, D the directions that J has
-        rows for: the mean over an orthonormal basis of what is observed, whichever class is the reference. K is that of
-        the global batch, so the split over workers does not matter.
+        K is that of the global batch, so the split over workers does not matter.
 
         Raises:
             ValueError: the outputs of the first batch depend on no parameter.
         """
         if self._counters.steps > 0 or "initial_covariance" not in self._settings:
-            return None
-        variances = diagonal_blocks(
-            self._covariance.project(jacobian, self._world.reduce).outputs, directions.shape[-2]
-        )
-        gram = (directions @ directions.mT).to(variances).expand_as(variances)
-        variance = float(torch.linalg.solve(gram, variances).diagonal(dim1=-2, dim2=-1).mean())
-        if not math.isfinite(variance):
-            return None  # the batch is skipped, and the next one sets the scale
-        if variance <= 0:
+            return self._covariance, None
+        found = spread(self._covariance.project(jacobian, self._world.reduce).outputs, directions)
+        if not math.isfinite(found.total):
+            return self._covariance, None  # the batch is skipped, and the next one sets the scale
+        if found.total <= 0:
             raise ValueError(
                 "initial_covariance = 'auto' finds outputs that no parameter moves on the first batch; give a number"
             )
-        gaussian = isinstance(self._observation, Gaussian)
-        return (self._settings["initial_noise"] or 1.0 if gaussian else AUTO_VARIANCE) / variance
+        if isinstance(self._observation, Gaussian):
+            scale = (self._settings["initial_noise"] or 1.0) / found.total
+            return self._covariance.predict(1.0 / scale, 0.0), scale
+        scale = self._settings["prior_variance"] / found.between
+        start = self._covariance.predict(1.0 / scale, 0.0)
+        if found.mean is None:
+            return start, scale
+        root = self._world.same(symmetric_root(found.mean / COMMON))
+        return know_the_mean(start, jacobian, root, self._world.reduce, self._world.same), scale
 
     def predicted(self, covariance: Covariance) -> Covariance:
         """A covariance one step later: forgetting and process noise of every group, no rows."""

@@ -15,6 +15,10 @@ where w, G and K are the step's own (``loko.filter``): what the bracket takes of
 P and the correction that the filter makes of its own mean. R and J count as constants. h also forgets, by γ a step:
 once s is so small that nothing is learned, an h that remembers how it came about would go on shrinking s. One more
 vector of n numbers, and one more mean update a step.
+
+And because s was not known when θ went where it is, the mean is uncertain along h: with the standard deviation μ for
+what log s may be off by, that adds μ² (J h)(J h)ᵀ to K, and takes the mean by μ² h (J h)ᵀ w as well. So steps that were
+too large are taken back in part, and steps that were too small are made up for.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from loko.filter import Innovation, Linearization
@@ -58,6 +63,14 @@ class Scale:
     def factor(self) -> float:
         """s of the next step."""
         return math.exp(self.step)
+
+    def spread(self, rate: float, moved: Tensor) -> Tensor:
+        """``μ² (J h)(J h)ᵀ``, (N, N): the prior covariance of the outputs that not knowing log s adds to K."""
+        return rate**2 * torch.outer(moved, moved)
+
+    def shift(self, rate: float, moved: Tensor, innovation: Innovation) -> float:
+        """``μ² (J h)ᵀ w``: how far the mean moves along h."""
+        return rate**2 * float(moved @ innovation.weights)
 
     def change(self, outputs: Tensor, innovation: Innovation, moved: Tensor) -> Tensor:
         """What J's rows add to h, in the units of w, (N,): the bracket of the module's docstring.

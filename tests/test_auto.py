@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,13 +14,20 @@ from torch import Tensor, nn
 
 from loko import LoKO
 from loko.config import ConfigError, LokoConfig, validate
+from loko.covariance import LowRank, alone
+from loko.filter import symmetric_root
 from loko.observation import Categorical
-from loko.optimizer import AUTO_VARIANCE
+from loko.start import COMMON, know_the_mean, spread
 from tests.oracle import jacobian
 from tests.test_filter import OBSERVATIONS, Tiny, rows
 from tests.test_optimizer import assert_same, snapshot
 
-EXACT: dict[str, Any] = {"output_tolerance": 0.0, "initial_covariance": "auto", "scale_adaptation": 0.0}
+EXACT: dict[str, Any] = {
+    "output_tolerance": 0.0,
+    "initial_covariance": "auto",
+    "scale_adaptation": 0.0,
+    "prior_variance": 5.0,
+}
 
 
 def first_step(model: nn.Module, batch: int, observation: str, outputs: int, **settings: Any) -> LoKO:
@@ -29,14 +37,17 @@ def first_step(model: nn.Module, batch: int, observation: str, outputs: int, **s
     return optimizer
 
 
-def prior_variance(model: nn.Module, variance: Tensor, batch: int, observation: str, outputs: int) -> float:
-    """Mean variance of a logit under diag(variance), dense; centred, and over C − 1 classes, for softmax."""
-    names = [name for name, _ in model.named_parameters()]
+def logits_jacobian(
+    model: nn.Module, batch: int, observation: str, outputs: int, names: Sequence[str] | None = None
+) -> Tensor:
+    """J of the outputs of every row, (B, C, n), dense; centred for softmax."""
+    names = names or [name for name, _ in model.named_parameters()]
     _, J = jacobian(model, names, rows(observation, outputs, batch)[0])
-    if observation == "categorical":
-        J = J - J.mean(1, keepdim=True)
-    total = float((J.square() @ variance).sum())
-    return total / batch / (outputs - 1 if observation == "categorical" else outputs)
+    return J - J.mean(1, keepdim=True) if observation == "categorical" else J
+
+
+def degrees(observation: str, outputs: int) -> int:
+    return outputs - 1 if observation == "categorical" else outputs
 
 
 def start_of(optimizer: LoKO, model: nn.Module) -> Tensor:
@@ -52,28 +63,74 @@ def test_the_first_rows_have_the_prior_variance_asked_for(
     observation: str, outputs: int, covariance: str, batch: int
 ) -> None:
     model = Tiny(outputs)
-    start = copy.deepcopy(model)
+    J = logits_jacobian(model, batch, observation, outputs)
     optimizer = first_step(model, batch, observation, outputs, covariance=covariance, scales={"head": 0.5})
-    found = prior_variance(start, start_of(optimizer, model), batch, observation, outputs)
-    assert found == pytest.approx(1.0 if observation == "gaussian" else AUTO_VARIANCE, rel=1e-9)
+    variance = start_of(optimizer, model) / degrees(observation, outputs)
+    if observation == "gaussian":
+        found, wanted = float((J.square() @ variance).sum()) / batch, 1.0
+    elif batch == 1:
+        found, wanted = float((J.square() @ variance).sum()), 5.0
+    else:  # the unbiased sample variance over the rows
+        found, wanted = float(((J - J.mean(0)).square() @ variance).sum()) / (batch - 1), 5.0
+    assert found == pytest.approx(wanted, rel=1e-9)
     groups = {g["name"]: g["initial_covariance"] for g in optimizer.param_groups}
     assert groups["head"] == pytest.approx(groups["other"] / 2)
 
 
-def test_it_is_the_filter_with_that_number_given() -> None:
+def directions_of(seed: int, rows: int, classes: int) -> Tensor:
+    """For each row another basis of the centred outputs, (B, C − 1, C)."""
+    mixing = torch.randn(rows, classes - 1, classes - 1, dtype=torch.float64, generator=torch.manual_seed(seed))
+    return mixing @ Categorical().contrast(classes)
+
+
+@pytest.mark.parametrize("own_basis", [False, True])
+def test_the_mean_of_the_rows_is_observed_once(own_basis: bool) -> None:
+    """P⁻¹ grows by J̄ᵀ J̄ / COMMON, J̄ that of the mean of the centred logits: dense, and in whatever basis."""
+    J = logits_jacobian(Tiny(4), 3, "categorical", 4)
+    D = directions_of(0, 3, 4) if own_basis else Categorical().contrast(4)
+    seen = (D @ J).reshape(9, -1)
+    start = LowRank.start(0.5 + torch.rand(J.shape[-1], dtype=torch.float64), 9)
+    found = spread(start.project(seen).outputs, D)
+    assert found.mean is not None
+    after = know_the_mean(start, seen, symmetric_root(found.mean / COMMON), alone, alone)
+    assert isinstance(after, LowRank)
+    wanted = torch.diag(start.precision) + J.mean(0).mT @ J.mean(0) / COMMON
+    torch.testing.assert_close(torch.diag(after.precision) + after.factor.mT @ after.factor, wanted)
+    variance = (torch.diag_embed(1 / start.precision) @ J.mT).mT @ J.mT  # (B, C, C) of each row
+    assert found.total == pytest.approx(float(variance.diagonal(dim1=1, dim2=2).sum(-1).mean()) / 3)
+
+
+def test_rows_that_are_all_the_same_do_not_make_p_endless() -> None:
+    model = Tiny(3)
+    x, y = rows("categorical", 3, 4)
+    J = logits_jacobian(model, 1, "categorical", 3)
+    optimizer = LoKO(model, **EXACT)
+    optimizer.step(lambda: (model(x[:1].expand(4, -1)), y))
+    total = float((J.square() @ start_of(optimizer, model)).sum()) / 2
+    assert total == pytest.approx(20 * 5.0)
+
+
+def test_it_is_the_filter_with_that_start_given() -> None:
     """Up to float32, in which explicit variances start."""
     model = Tiny(3)
     twin = copy.deepcopy(model)
     optimizer = first_step(model, 4, "categorical", 3)
-    found = optimizer.param_groups[0]["initial_covariance"]
-    given = first_step(twin, 4, "categorical", 3, initial_covariance=found)
-    x, y = rows("categorical", 3, 24)
+    p0 = optimizer.param_groups[0]["initial_covariance"]
+    given = LoKO(twin, **{**EXACT, "initial_covariance": p0})
+    first, (x, y) = rows("categorical", 3, 4), rows("categorical", 3, 24)
+    directions = Categorical().contrast(3)
+    J = (directions @ logits_jacobian(twin, 4, "categorical", 3, given.engine.names)).reshape(8, -1)
+    found = spread(given.covariance.project(J).outputs, directions)
+    assert found.mean is not None
+    root = symmetric_root(found.mean / COMMON)
+    given.covariance = know_the_mean(given.covariance, J, root, alone, alone)
+    given.step(lambda: (twin(first[0]), first[1]))
     for i in range(4, 24, 4):
         for one, net in ((optimizer, model), (given, twin)):
             one.step(lambda i=i, net=net: (net(x[i : i + 4]), y[i : i + 4]))
     for name, value in snapshot(optimizer, model).items():
         torch.testing.assert_close(value, snapshot(given, twin)[name], rtol=1e-4, atol=1e-5)
-    assert optimizer.diagnostics()["initial_covariance"] == found == given.diagnostics()["initial_covariance"]
+    assert optimizer.diagnostics()["initial_covariance"] == p0 == given.diagnostics()["initial_covariance"]
 
 
 @pytest.mark.parametrize("reference", [0, 1, 4])
@@ -81,9 +138,13 @@ def test_the_reference_class_does_not_matter(reference: int) -> None:
     model = Tiny(5)
     x, y = rows("categorical", 5, 4)
     optimizer = LoKO(model, observation=Categorical(reference), **EXACT)
-    expected = first_step(Tiny(5), 4, "categorical", 5).param_groups[0]["initial_covariance"]
+    twin = Tiny(5)
+    expected = first_step(twin, 4, "categorical", 5)
     optimizer.step(lambda: (model(x), y))
-    assert optimizer.param_groups[0]["initial_covariance"] == pytest.approx(expected, rel=1e-9)
+    assert start_of(optimizer, model).tolist() == pytest.approx(start_of(expected, twin).tolist(), rel=1e-9)
+    torch.testing.assert_close(
+        nn.utils.parameters_to_vector(model.parameters()), nn.utils.parameters_to_vector(twin.parameters())
+    )
 
 
 def test_units_of_the_start_do_not_matter() -> None:

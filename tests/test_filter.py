@@ -89,7 +89,7 @@ def oracle_of(model: nn.Module, optimizer: LoKO, noise: str, regime: dict[str, A
         [names[id(p)] for p, _ in members],
         spread("initial_covariance"),
         noise=noise,
-        decay=regime.get("noise_decay", 0.95),
+        decay=regime.get("noise_decay", 0.98),
         initial_noise=regime.get("initial_noise"),
         excess=regime.get("noise_excess", 0.3),
         omega=regime["linearization"],

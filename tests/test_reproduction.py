@@ -20,14 +20,19 @@ KNOWN: dict[str, tuple[dict[str, Any], float, float]] = {
             "covariance": "diagonal",
             "initial_covariance": 1.0,
             "linearization": 0.0,
+            "noise_decay": 0.95,
             "initial_noise": 1.0,
             "scale_adaptation": 0.0,
         },
         0.663,
         0.589,
     ),
-    "low rank, secant": ({"initial_covariance": 0.3, "scale_adaptation": 0.0, "direction_decay": 1.0}, 0.720, 0.543),
-    "low rank, secant, scale adapted": ({}, 0.720, 0.543),
+    "low rank, secant": (
+        {"initial_covariance": 0.3, "noise_decay": 0.95, "scale_adaptation": 0.0, "direction_decay": 1.0},
+        0.720,
+        0.543,
+    ),
+    "the default": ({}, 0.720, 0.543),
 }
 
 

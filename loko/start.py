@@ -1,0 +1,79 @@
+"""The start of P, read off the first rows (docs/initial_covariance.md).
+
+Before anything is learned the logits of a batch have the prior covariance K = J P Jᵀ, and part of it they have in
+common: the features of a pretrained model all point much the same way, so most of what P allows would move every row
+at once. That part does not tell one row from another, and is soon known. So the two are set apart: the prior variance
+of a logit from row to row sets p₀, and the mean of the logits over the rows counts as observed once before the first
+row, with the noise variance ``COMMON``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loko.covariance import Covariance, Reduce
+from loko.filter import Innovation, cholesky, diagonal_blocks, whitened_innovation
+from loko.rows import Jacobian
+
+__all__ = ["COMMON", "Spread", "know_the_mean", "spread"]
+
+COMMON = 1.0
+"""Noise variance with which the mean of the first rows' logits counts as known before they are learned."""
+
+_LEAST = 0.05
+"""Smallest share of the variance that counts as between rows: a first batch of equal rows must not make P endless."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the prior variance of a logit divides over the rows of a batch, per orthonormal direction of the outputs.
+
+    Attributes:
+        total: the mean variance of a row's logit.
+        between: the unbiased estimate of what differs from row to row; of one row, which cannot tell, all of it.
+        mean: Q (N, N): the mean over the rows of the logits moves by δ with |δ|² = xᵀ Q x where the observed outputs of
+            the rows, (N,), move by x. None for one row.
+    """
+
+    total: float
+    between: float
+    mean: Tensor | None
+
+
+def spread(outputs: Tensor, directions: Tensor) -> Spread:
+    """Divide K among rows and their mean.
+
+    Args:
+        outputs: K = J P Jᵀ, (N, N) float64, N = B·m.
+        directions: D, (m, C), or (B, m, C) for each row its own: the combinations of the outputs that J has rows for.
+            They are undone, so that neither the reference class nor the basis matters.
+    """
+    count = directions.shape[-2]
+    rows = len(outputs) // count
+    each = directions.to(outputs).expand(rows, -1, -1)
+    lift = torch.linalg.pinv(each)  # (B, C, m)
+    total = float((lift @ diagonal_blocks(outputs, count) @ lift.mT).diagonal(dim1=-2, dim2=-1).sum(-1).mean()) / count
+    if rows == 1:
+        return Spread(total, total, None)
+    pooled = torch.cat(list(lift), 1) / rows  # (C, N): the mean of the rows' logits
+    mean = pooled.mT @ pooled
+    of_mean = float((mean * outputs).sum()) / count  # the mean varies by what is common and by a B-th of what is not
+    return Spread(total, max(_LEAST * total, (total - of_mean) * rows / (rows - 1)), mean)
+
+
+def know_the_mean(covariance: Covariance, jacobian: Jacobian, root: Tensor, reduce: Reduce, same: Reduce) -> Covariance:
+    """P after one observation of the mean of the rows' logits: that they are what the model says, give or take.
+
+    Args:
+        covariance: P.
+        jacobian: J of the first batch, (N, n).
+        root: a square root of Q / ``COMMON``, (N, N) float64, symmetric.
+        reduce, same: see ``loko.covariance``.
+    """
+    prior = covariance.project(jacobian, reduce, same)
+    factor, jitters = cholesky(whitened_innovation(prior.outputs, root[None]))
+    nothing = root.new_zeros(len(root))
+    return prior.condition(Innovation(nothing, root[None], factor, nothing.sum(), jitters))
