@@ -59,15 +59,19 @@ def _gradient(name: str, low: float, high: float, first: float, options: Plain |
     }
 
 
-_P0, _BETA, _OMEGA, _MU = (
-    f"optimizer.{key}" for key in ("initial_covariance", "noise_decay", "linearization", "scale_adaptation")
+_P0, _V, _BETA, _MU = (
+    f"optimizer.{key}" for key in ("initial_covariance", "prior_variance", "noise_decay", "scale_adaptation")
 )
 CANDIDATES: dict[str, Plain] = {
     "loko-default": {"optimizer": {"name": "loko"}},
     "loko-tuned": {
         "optimizer": {"name": "loko"},
-        "space": {_BETA: {"uniform": [0.9, 0.99]}, _OMEGA: {"uniform": [0.1, 0.5]}, _MU: {"log_uniform": [0.05, 0.5]}},
-        "points": [{_BETA: 0.95, _OMEGA: 0.25, _MU: 0.2}],
+        "space": {
+            _V: {"log_uniform": [1.0, 32.0]},
+            _BETA: {"uniform": [0.9, 0.995]},
+            _MU: {"log_uniform": [0.05, 0.5]},
+        },
+        "points": [{_V: 6.0, _BETA: 0.98, _MU: 0.2}],
     },
     "loko-paper": {
         "optimizer": {"name": "loko", **PAPER},

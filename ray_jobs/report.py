@@ -40,7 +40,11 @@ app = make_app()
 
 _COLORS = ("#0b6e99", "#d9480f", "#5f3dc4", "#2b8a3e", "#c2255c", "#a67c00", "#495057", "#1098ad")
 _LABEL_ONLY = "#868e96"
-_P0, _BETA = "optimizer.initial_covariance", "optimizer.noise_decay"
+_BETA = "optimizer.noise_decay"
+_STARTS = {
+    "optimizer.initial_covariance": "initial covariance p₀",
+    "optimizer.prior_variance": "prior variance of a logit v",
+}
 _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -315,22 +319,26 @@ def _shared_rung(results: _Results, candidate: str) -> pd.DataFrame:
 
 
 def _landscape(results: _Results) -> Figure | None:
-    searched = {
-        n: _shared_rung(results, n) for n, c in results.config.candidates.items() if {_P0, _BETA} <= set(c.space)
+    starts = {
+        name: key
+        for name, candidate in results.config.candidates.items()
+        for key in _STARTS
+        if {key, _BETA} <= set(candidate.space)
     }
+    searched = {name: _shared_rung(results, name) for name in starts}
     shown = {n: at[np.isfinite(at[results.metric])] for n, at in searched.items()}
     shown = {n: finite for n, finite in shown.items() if len(finite)}
     if not shown:
         return None
     figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), squeeze=False, layout="constrained")
     for axis, (name, finite) in zip(axes[0], shown.items(), strict=True):
-        p0, beta = ([values[key] for values in finite["values"]] for key in (_P0, _BETA))
+        start, beta = ([values[key] for values in finite["values"]] for key in (starts[name], _BETA))
         drawn = axis.scatter(
-            p0, beta, c=finite[results.metric], cmap="viridis_r", s=90, edgecolors="#212529",
+            start, beta, c=finite[results.metric], cmap="viridis_r", s=90, edgecolors="#212529",
             linewidths=[2.0 if status == "complete" else 0.4 for status in finite.status],
         )  # fmt: skip
         _logarithmic(axis)
-        axis.set(title=name, xlabel="initial covariance p₀", ylabel="noise decay β")
+        axis.set(title=name, xlabel=_STARTS[starts[name]], ylabel="noise decay β")
         figure.colorbar(drawn, ax=axis, label=f"{results.metric} at row {int(finite.rows.iloc[0])}")
     return figure
 
