@@ -56,7 +56,7 @@ _Workers = Annotated[
 ]
 
 
-MERGED = {"covariance": "diagonal", "initial_covariance": 0.3, "scale_adaptation": 0.0}
+MERGED = {"covariance": "diagonal", "initial_covariance": 0.3, "scale_adaptation": 0.0, "prediction": "plug_in"}
 """The filter that ``sync_every`` takes where nothing else is given."""
 
 
@@ -104,11 +104,14 @@ class LokoConfig(_Strict):
         0.0, ge=0, le=1, description="share of the start that P goes back to when innovations are larger than usual"
     )
     process_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="variance q added a step")
+    prediction: Literal["expected", "plug_in"] = Field(
+        "expected", description="what is scored: labels as expected under P as far as that is trusted, or the outputs"
+    )
     sync_every: int | None = Field(
         None,
         ge=1,
         description="several workers: null is the exact update, k merges independent filters every k steps; they are "
-        "diagonal, with an initial_covariance of 0.3 unless it is given, and without scale_adaptation",
+        "diagonal, with an initial_covariance of 0.3 unless it is given, without scale_adaptation, and score the outputs",
     )
     max_skipped: int = Field(10, ge=0, description="batches in a row that may be skipped for not being finite")
     seed: int = Field(0, ge=0, description="seed of the uniform start")

@@ -52,6 +52,11 @@ class Consensus:
                     f"sync_every does not go with {key} = {optimizer.settings[key]:g}: each rank would follow its own "
                     f"rows, and the posteriors have to share their prior; set {key}: 0"
                 )
+        if optimizer.settings["prediction"] != "plug_in":
+            raise ValueError(
+                "sync_every does not go with prediction = 'expected': each rank would learn from its own rows how far "
+                "P is to be trusted; set prediction: plug_in"
+            )
         self.optimizer = optimizer
         self._prior: Covariance
         self._ranks = Ranks(group, optimizer.parameters[0].device)

@@ -23,6 +23,7 @@ from loko.prediction import Prediction
 from loko.rows import Jacobian
 from loko.scale import Scale
 from loko.start import COMMON, know_the_mean, spread
+from loko.trust import Trust, expected, knows, outputs_of
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ PAPER: dict[str, Any] = {
     "linearization": 0.0,
     "output_tolerance": 0.0,
     "scale_adaptation": 0.0,
+    "prediction": "plug_in",
     "initial_distribution": "uniform",
     "initial_covariance": 1.0,
 }
@@ -51,7 +53,7 @@ _SETTLED = 20
 
 _BACKWARD: dict[str | None, torch.dtype | None] = {None: None, "bfloat16": torch.bfloat16}
 
-_STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale")
+_STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale", "trust")
 _GROUP_SETTINGS = ("initial_covariance", "forgetting", "process_noise")
 
 
@@ -67,11 +69,16 @@ class Pending:
         observed: the linearisation of the global batch.
         directions: directions of the outputs that J needs rows for, (m, C), or (B, m, C) for each row its own.
         seeds: those of this worker's rows.
+        outputs, labels: of the global batch.
+        own: this worker's rows of it.
     """
 
     observed: Linearization
     directions: Tensor
     seeds: Tensor
+    outputs: Tensor
+    labels: Tensor
+    own: slice
 
 
 @dataclass
@@ -181,6 +188,9 @@ class LoKO(torch.optim.Optimizer):
             ``(1 − a) P + a P₀`` with ``a = α · min(1, max(0, surprise − 1))``: P goes back towards the start, and never
             beyond it. 0 leaves P alone.
         process_noise: q ≥ 0, added to every variance a step.
+        prediction: what ``step`` returns. ``expected``: outputs that say what the filter expects, with its uncertainty
+            allowed for as far as that has proved right (``loko.trust``; in a batch that leaves outputs out, and with
+            ``gaussian`` observations, the model's own). ``plug_in``: the model's own outputs.
         observation: ``categorical``, ``bernoulli``, ``gaussian``, or an ``ObservationModel``.
         max_skipped: how many batches in a row may be skipped for not being finite before :class:`NonFiniteError`.
         seed: of the ``uniform`` start.
@@ -216,6 +226,7 @@ class LoKO(torch.optim.Optimizer):
         scale_adaptation: float = 0.2,
         drift_adaptation: float = 0.0,
         process_noise: float = 0.0,
+        prediction: Literal["expected", "plug_in"] = "expected",
         observation: str | ObservationModel = "categorical",
         max_skipped: int = 10,
         seed: int = 0,
@@ -223,6 +234,7 @@ class LoKO(torch.optim.Optimizer):
     ) -> None:
         _one_of("covariance", covariance, COVARIANCES)
         _one_of("noise", noise, NOISES)
+        _one_of("prediction", prediction, ("expected", "plug_in"))
         _one_of("initial_distribution", initial_distribution, ("constant", "uniform"))
         _in_range("rank", rank, isinstance(rank, int) and rank >= 0, "an integer >= 0")
         _in_range("direction_decay", direction_decay, 0 <= direction_decay <= 1, "in [0, 1]")
@@ -285,6 +297,7 @@ class LoKO(torch.optim.Optimizer):
             "backward_dtype": backward_dtype,
             "scale_adaptation": scale_adaptation,
             "drift_adaptation": drift_adaptation,
+            "prediction": prediction,
             "observation": observation,
             "max_skipped": max_skipped,
         }
@@ -298,6 +311,7 @@ class LoKO(torch.optim.Optimizer):
         variance = self._initial_variance(seed).to(device, self._engine.dtype)
         self._covariance: Covariance = COVARIANCES[covariance].start(variance[self._world.own].clone(), rank)
         self._scale = Scale(torch.zeros_like(variance[self._world.own])) if scale_adaptation > 0 else None
+        self._trust = Trust.start(device) if prediction == "expected" and knows(self._observation) else None
         self._noise_state: Tensor | None = None
         self._contrast: Tensor | None = None
         self._counters = _Counters()
@@ -338,7 +352,9 @@ class LoKO(torch.optim.Optimizer):
                 them. Called once (twice with ``noise="ema_residual"``).
 
         Returns:
-            The outputs before the update, (B, C), detached: the prediction to score (prequential).
+            The prediction to score (prequential), (B, C), detached: outputs from before the update. With
+            ``prediction="expected"`` their softmax (sigmoid) is the probability of each label with what is uncertain
+            allowed for; else they are the model's own.
 
         Raises:
             ValueError: labels the observation cannot mean. Nothing has been learned from the batch then.
@@ -362,8 +378,8 @@ class LoKO(torch.optim.Optimizer):
             jacobians.rows = len(own_jacobian)
         jacobian = self._world.exchange(own_jacobian, jacobians.counts)
         del own_jacobian
-        self.assimilate(pending, jacobian, closure)
-        return seen
+        expects = self.assimilate(pending, jacobian, closure)
+        return seen if expects is None else expects.to(seen.dtype)
 
     @torch.no_grad()
     def observe(self, closure: Closure) -> Pending | None:
@@ -387,11 +403,12 @@ class LoKO(torch.optim.Optimizer):
         if len(all_outputs) == 0:
             return None
         observed, directions = self._linearize(all_outputs, all_labels)
-        own = directions if directions.dim() == 2 else directions[self._world.own_rows(share.counts)]
-        return Pending(observed, directions, own)
+        own = self._world.own_rows(share.counts)
+        seeds = directions if directions.dim() == 2 else directions[own]
+        return Pending(observed, directions, seeds, all_outputs, all_labels, own)
 
     @torch.no_grad()
-    def assimilate(self, pending: Pending, jacobian: Jacobian, closure: Closure) -> None:
+    def assimilate(self, pending: Pending, jacobian: Jacobian, closure: Closure) -> Tensor | None:
         """The second half of a step: learn the rows that ``observe`` looked at.
 
         Args:
@@ -399,18 +416,23 @@ class LoKO(torch.optim.Optimizer):
             jacobian: J of ``pending.seeds`` of every worker's rows, (N, n) or this worker's columns of it.
             closure: as in ``step``; called again with ``noise="ema_residual"`` only.
 
+        Returns:
+            The prediction of this worker's rows, (B, C) float64, where it is not the model's own outputs.
+
         Raises:
             NonFiniteError: see ``step``.
         """
         rows = len(pending.observed.residual)
-        if not self._learn(jacobian, pending.observed, pending.directions):
+        learned, expects = self._learn(jacobian, pending)
+        if not learned:
             self._skip(rows)
-            return
+            return None
         self._counters.steps += 1
         self._counters.rows += rows
         self._counters.skipped_in_a_row = 0
         if isinstance(self._noise, EmaResidual):
             self._relearn_noise(closure, jacobian, pending.observed)
+        return expects
 
     @torch.no_grad()
     def predict(self, closure: Callable[[], Tensor], *, calibrated: bool = True) -> Prediction:
@@ -461,7 +483,7 @@ class LoKO(torch.optim.Optimizer):
         if not _narrows(self._settings["noise"], self._settings["observation"]):
             return linearize(self._observation, outputs, labels, weight), self._contrast
         limit = self._output_limit(limit, outputs)
-        if tolerance == 0 and limit >= len(self._contrast):
+        if limit >= len(self._contrast) and (tolerance == 0 or self._needs_all(outputs, tolerance)):
             return linearize(self._observation, outputs, labels, weight), self._contrast
         noise = self._noise_state if self._noise.on_outputs else None
         observed, directions = narrow(
@@ -472,6 +494,14 @@ class LoKO(torch.optim.Optimizer):
             [observed.residual, observed.link, observed.score, directions], resize=True
         )
         return Linearization(residual, link, along), directions
+
+    def _needs_all(self, outputs: Tensor, tolerance: float) -> bool:
+        """Whether the predictions alone, without the labels, leave no output out."""
+        assert self._contrast is not None
+        mass, _ = self._observation.rank_outputs(self._observation.full_mean(outputs))
+        tail = mass.flip(1).cumsum(1).flip(1)
+        needed = self._world.same((tail > tolerance).sum(1).max().clamp_min(1).double())
+        return int(needed) >= len(self._contrast)
 
     def _output_limit(self, limit: int | None, outputs: Tensor) -> int:
         """Most outputs that the settings and the memory for J allow."""
@@ -502,11 +532,15 @@ class LoKO(torch.optim.Optimizer):
                 f"{len(self._contrast)}: the state is of another model"
             )
 
-    def _learn(self, jacobian: Jacobian, observed: Linearization, directions: Tensor) -> bool:
-        """One predict and update; False, and nothing changed, when a number in it is not finite."""
+    def _learn(self, jacobian: Jacobian, pending: Pending) -> tuple[bool, Tensor | None]:
+        """One predict and update; False, and nothing changed, when a number in it is not finite.
+
+        Also what ``assimilate`` returns.
+        """
         assert self._noise_state is not None
+        observed, directions = pending.observed, pending.directions
         if not bool(torch.isfinite(observed.residual).all()):
-            return False
+            return False, None
         start, scale = self._start(jacobian, directions)
         if self._scale is not None and self._scale.step != 0.0:
             start = start.predict(1.0 / self._scale.factor, 0.0)
@@ -519,13 +553,13 @@ class LoKO(torch.optim.Optimizer):
         innovation, noise = self._innovate(self._noise_state, outputs, observed)
         # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
         if not bool(torch.isfinite(innovation.weights).all()):
-            return False
+            return False, None
         delta, adapted = self._moves(moved, prior, observed, innovation)
         posterior = prior.condition(innovation, self._settings["direction_decay"])
         changed = [delta, *posterior.state().values(), *([] if adapted is None else [adapted.trace])]
         total = torch.stack([value.sum().double() for value in changed])
         if not bool(torch.isfinite(self._world.reduce(total)).all()):
-            return False
+            return False, None
         self._covariance, self._scale = posterior, adapted
         for g in self.param_groups if scale is not None else ():
             g["initial_covariance"] *= scale
@@ -536,7 +570,18 @@ class LoKO(torch.optim.Optimizer):
         delta = self._world.gather_columns(delta)
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
         torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
-        return True
+        return True, self._expect(pending, outputs)
+
+    def _expect(self, pending: Pending, prior: Tensor) -> Tensor | None:
+        """The prediction of this worker's rows from K; None where it is the model's own outputs."""
+        if self._trust is None or pending.directions.dim() == 3:
+            return None  # which directions a narrowed batch has depends on its labels
+        lift = torch.linalg.pinv(pending.directions.to(prior))
+        covariance = lift @ diagonal_blocks(prior, len(pending.directions)) @ lift.mT
+        each = self._world.same(expected(self._observation, pending.outputs, covariance))
+        mean = self._trust.mix(each)
+        self._trust = self._trust.learned(each, self._observation, pending.labels)
+        return outputs_of(self._observation, mean)[pending.own]
 
     def _moved(self, jacobian: Jacobian) -> Tensor | None:
         """J h, (N,) float64: how a larger P so far would have moved the outputs. None without ``scale_adaptation``."""
@@ -677,7 +722,8 @@ class LoKO(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """State of the filter in numbers, for logs: traces of P and R, consistency, counters. A collective call.
 
-        ``scale`` is the product of all factors that ``scale_adaptation`` has put on P. ``consistency`` is the running
+        ``scale`` is the product of all factors that ``scale_adaptation`` has put on P, ``trust`` the share of P that
+        predictions allow for. ``consistency`` is the running
         mean of the normalised innovation squared, eᵀS⁻¹e / N: about one when the filter is consistent, below where R is
         estimated too large (``ema`` counts H P Hᵀ twice). ``surprise`` is that of the last few steps over it: an alarm
         for drift.
@@ -701,6 +747,8 @@ class LoKO(torch.optim.Optimizer):
             result["trace_r"] = float(noise.trace())
         if self._scale is not None:
             result["scale"] = math.exp(self._scale.log)
+        if self._trust is not None:
+            result["trust"] = self._trust.share
         if self._counters.steps > 0:
             counters = self._counters
             result |= {"consistency": counters.consistency, "surprise": counters.surprise, "gain": counters.gain}
@@ -726,6 +774,7 @@ class LoKO(torch.optim.Optimizer):
             "noise": None if self._noise_state is None else self._noise_state.clone(),
             "counters": {f.name: getattr(self._counters, f.name) for f in fields(_Counters)},
             "scale": None if self._scale is None else self._scale_state(self._scale),
+            "trust": None if self._trust is None else self._trust.evidence.clone(),
         }
         return state
 
@@ -776,8 +825,16 @@ class LoKO(torch.optim.Optimizer):
                 f"this state was saved {'without' if scale is None else 'with'} scale_adaptation and LoKO was built "
                 f"{'with' if scale is None else 'without'}; build it with the settings the state was saved with"
             )
+        trust = loaded["trust"]
+        if (trust is None) is not (self._trust is None):
+            ours, theirs = ("plug_in", "expected") if self._trust is None else ("expected", "plug_in")
+            raise ValueError(
+                f"this state was saved with prediction = {theirs!r} and LoKO was built with {ours!r}; build it with "
+                "the settings the state was saved with"
+            )
         noise = loaded["noise"]
-        tensors = [*given.values(), *([] if noise is None else [noise]), *([] if scale is None else [scale["trace"]])]
+        tensors = [*given.values(), *(one for one in (noise, trust) if one is not None)]
+        tensors += [] if scale is None else [scale["trace"]]
         if not all(bool(torch.isfinite(value).all()) for value in tensors):
             raise ValueError("the state holds values that are not finite; take an earlier checkpoint")
         super().load_state_dict(saved)
@@ -788,6 +845,8 @@ class LoKO(torch.optim.Optimizer):
         self._noise_state = None if noise is None else noise.to(some.device, copy=True)
         if scale is not None:
             self._scale = Scale(**{**scale, "trace": scale["trace"][self._world.own].to(some, copy=True)})
+        if trust is not None:
+            self._trust = Trust(trust.to(some.device, copy=True))
         self._counters = _Counters(**loaded["counters"])
 
     def _layout(self) -> list[str]:

@@ -285,9 +285,12 @@ class Pack:
         # Parameters move in place, so every backward pass comes first.
         for learner in gradient.values():
             learner.descend(len(batch))
+        predicted = list(outputs.detach())
         for k, optimizer in filters.items():
-            optimizer.assimilate(pending[k], jacobians[k], partial(_again, runs[k], batch))
-        return list(outputs.detach())
+            expects = optimizer.assimilate(pending[k], jacobians[k], partial(_again, runs[k], batch))
+            if expects is not None:
+                predicted[k] = expects.to(outputs.dtype)
+        return predicted
 
 
 def _ready(learner: online.Learner, rows: int) -> bool:

@@ -73,6 +73,7 @@ def rows(observation: str, outputs: int, count: int, seed: int = 1) -> tuple[Ten
 
 def build(model: nn.Module, grouped: bool = False, **settings: Any) -> LoKO:
     settings = {"initial_covariance": P0, "linearization": 0.0, "scale_adaptation": 0.0, **settings}
+    settings = {"prediction": "plug_in", **settings}
     return LoKO(model, groups_of(model, grouped), **settings)
 
 
