@@ -111,7 +111,7 @@ class LokoConfig(_Strict):
         None,
         ge=1,
         description="several workers: null is the exact update, k merges independent filters every k steps; they are "
-        "diagonal, with an initial_covariance of 0.3 unless it is given, without scale_adaptation, and score the outputs",
+        "diagonal, start from an initial_covariance of 0.3 unless it is given, and go without scale_adaptation",
     )
     max_skipped: int = Field(10, ge=0, description="batches in a row that may be skipped for not being finite")
     seed: int = Field(0, ge=0, description="seed of the uniform start")

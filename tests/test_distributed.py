@@ -261,6 +261,7 @@ def test_consensus_refuses_what_it_cannot_merge() -> None:
         ({**MERGED, "initial_covariance": "auto"}, 2, "does not go with initial_covariance"),
         ({**MERGED, "scale_adaptation": 0.2}, 2, "does not go with scale_adaptation"),
         ({**MERGED, "drift_adaptation": 0.2}, 2, "does not go with drift_adaptation"),
+        ({**MERGED, "prediction": "expected"}, 2, "does not go with prediction"),
     ):
         with pytest.raises(ValueError, match=message):
             Consensus(LoKO(nn.Linear(2, 2), **settings), None, every)  # type: ignore[arg-type]

@@ -291,7 +291,7 @@ def test_hooks_are_there_only_during_the_closure() -> None:
 def test_the_prediction_returned_is_the_one_before_the_update() -> None:
     model = Tiny(3).float()
     before = model(X[:4].float()).detach()
-    optimizer = LoKO(model)
+    optimizer = LoKO(model, prediction="plug_in")
     assert torch.equal(optimizer.step(lambda: (model(X[:4].float()), Y[:4])), before)
     after = model(X[:4].float()).detach()
     loss = nn.functional.cross_entropy

@@ -1,0 +1,136 @@
+"""What ``step`` returns: labels as expected under shares of P, mixed by how well each foretold the labels before."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from loko import LoKO
+from loko.observation import OBSERVATIONS
+from loko.prediction import expected_sigmoid, expected_softmax
+from loko.trust import SHARES, Trust
+from tests.test_filter import Tiny, close, rows
+
+PLAIN: dict[str, Any] = {"initial_covariance": 2.0, "scale_adaptation": 0.0}
+"""With these P is before a step what it was after the last."""
+
+
+def expected_by_hand(outputs: Tensor, covariance: Tensor, observation: str) -> Tensor:
+    """(S, B, C), share by share."""
+    if observation == "categorical":
+        return torch.stack([expected_softmax(outputs, c * covariance) for c in SHARES])
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    return torch.stack([expected_sigmoid(outputs, c * variance) for c in SHARES])
+
+
+@pytest.mark.parametrize(("observation", "outputs"), [("categorical", 2), ("categorical", 4), ("bernoulli", 3)])
+def test_a_step_returns_the_mixture_over_shares_of_p(observation: str, outputs: int) -> None:
+    model = Tiny(outputs)
+    optimizer = LoKO(model, observation=observation, output_tolerance=0.0, **PLAIN)
+    evidence = torch.zeros(len(SHARES), dtype=torch.float64)
+    x, y = rows(observation, outputs, 20)
+    for i in range(0, 20, 4):
+        before = optimizer.predict(lambda i=i: model(x[i : i + 4]))
+        each = expected_by_hand(before.outputs, before.covariance, observation)
+        wanted = torch.tensordot(evidence.exp() / evidence.exp().sum(), each, 1)
+        found = optimizer.step(lambda i=i: (model(x[i : i + 4]), y[i : i + 4]))
+        close(found.softmax(-1) if observation == "categorical" else found.sigmoid(), wanted, 1e-9)
+        labels = y[i : i + 4]
+        one_hot = nn.functional.one_hot(labels, outputs) if observation == "categorical" else labels
+        chance = torch.where(one_hot.bool(), each, 1 - each)
+        if observation == "categorical":
+            chance = chance[:, one_hot.bool()]
+        evidence = 0.98 * evidence + chance.log().flatten(1).sum(1)
+    weights = evidence.softmax(0)
+    assert optimizer.diagnostics()["trust"] == pytest.approx(float(weights @ torch.tensor(SHARES).double()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), tolerance=st.sampled_from([0.0, 0.05, 0.2, 0.5]), sharp=st.floats(0.5, 6.0))
+def test_a_prediction_knows_nothing_of_its_labels(seed: int, tolerance: float, sharp: float) -> None:
+    """Whatever the labels are, and so whichever outputs the update observes, the prediction is the same."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Linear(3, 5).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(sharp * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    y = torch.randint(5, (8,), generator=generator)
+    optimizer = LoKO(model, output_tolerance=tolerance)
+    optimizer.step(lambda: (model(x[:4]), y[:4]))
+    found = []
+    for labels in (y[4:], (y[4:] + 1) % 5, torch.randint(5, (4,), generator=generator)):
+        twin = copy.deepcopy(model)
+        other = LoKO(twin, output_tolerance=tolerance)
+        other.load_state_dict(optimizer.state_dict())
+        found.append(other.step(lambda twin=twin, labels=labels: (twin(x[4:]), labels)))
+    close(found[1].softmax(-1), found[0].softmax(-1), 1e-9)
+    close(found[2].softmax(-1), found[0].softmax(-1), 1e-9)
+
+
+def test_no_share_costs_more_than_the_logarithm_of_their_number() -> None:
+    generator = torch.Generator().manual_seed(0)
+    each = torch.randn(len(SHARES), 6, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(3, (6,), generator=generator)
+    trust = Trust.start(torch.device("cpu"))
+    chosen = each[:, torch.arange(6), labels].log().sum(1)
+    assert float(trust.learned(each, OBSERVATIONS["categorical"](), labels).evidence.sub(chosen).abs().max()) < 1e-12
+    # Of one batch: log Σ_c w_c p_c is what the mixture gives its labels together.
+    together = float((trust.weights.log() + chosen).logsumexp(0))
+    assert together >= float(chosen.max()) - math.log(len(SHARES))
+
+
+def test_where_p_is_right_it_is_trusted_and_where_it_is_wrong_it_is_not() -> None:
+    """Rows drawn from the prior the filter starts with, or from a model a hundredth as uncertain."""
+    found = []
+    for spread in (1.0, 0.01):
+        generator = torch.Generator().manual_seed(1)
+        trust = Trust.start(torch.device("cpu"))
+        for _ in range(60):
+            mean = torch.randn(4, 2, generator=generator, dtype=torch.float64)
+            noise = 2.0 * math.sqrt(spread) * torch.randn(4, 2, generator=generator, dtype=torch.float64)
+            labels = torch.distributions.Categorical(logits=mean + noise).probs.multinomial(1, generator=generator)
+            covariance = 4.0 * torch.eye(2, dtype=torch.float64).expand(4, -1, -1)
+            each = expected_by_hand(mean, covariance, "categorical")
+            trust = trust.learned(each, OBSERVATIONS["categorical"](), labels[:, 0])
+        found.append(trust.share)
+    assert found[0] > 0.5
+    assert found[1] < 0.2
+
+
+def test_plug_in_and_gaussian_return_the_outputs_of_the_model() -> None:
+    for observation, given_settings in (("categorical", {"prediction": "plug_in"}), ("gaussian", {})):
+        model = Tiny(3)
+        x, y = rows(observation, 3, 4)
+        want = model(x).detach()
+        optimizer = LoKO(model, observation=observation, **given_settings)
+        assert torch.equal(optimizer.step(lambda model=model, x=x, y=y: (model(x), y)), want)
+        assert "trust" not in optimizer.diagnostics()
+
+
+def test_a_batch_that_is_skipped_teaches_no_trust() -> None:
+    model = Tiny(3)
+    optimizer = LoKO(model)
+    x, y = rows("categorical", 3, 4)
+    optimizer.step(lambda: (model(x), y))
+    before = optimizer.state_dict()["filter"]["trust"]
+    assert bool(optimizer.step(lambda: (model(x * math.nan), y)).isnan().all())
+    assert torch.equal(optimizer.state_dict()["filter"]["trust"], before)
+
+
+def test_a_state_of_the_other_kind_is_refused() -> None:
+    optimizer = LoKO(Tiny(3))
+    other = LoKO(Tiny(3), prediction="plug_in")
+    with pytest.raises(ValueError, match="saved with prediction = 'plug_in'"):
+        optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="saved with prediction = 'expected'"):
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="prediction = 'mean'; allowed: 'expected', 'plug_in'"):
+        LoKO(Tiny(3), prediction="mean")  # type: ignore[arg-type]
