@@ -71,7 +71,7 @@ class LokoConfig(_Strict):
     covariance: Literal["low_rank", "diagonal"] = Field("low_rank", description="kind of parameter covariance")
     rank: int = Field(16, ge=0, description="rank L of low_rank")
     direction_decay: float = Field(
-        0.97, ge=0, le=1, description="share φ of low_rank's directions kept a step; the rest goes into the diagonal"
+        0.95, ge=0, le=1, description="share φ of low_rank's directions kept a step; the rest goes into the diagonal"
     )
     initial_covariance: _Variance = Field(
         "auto", description="variance p0 before the first row; auto: the first batch sets it"

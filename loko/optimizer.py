@@ -208,7 +208,7 @@ class LoKO(torch.optim.Optimizer):
         *,
         covariance: str = "low_rank",
         rank: int = 16,
-        direction_decay: float = 0.97,
+        direction_decay: float = 0.95,
         initial_covariance: float | Literal["auto"] = "auto",
         prior_variance: float = 6.0,
         initial_distribution: str = "constant",
