@@ -26,7 +26,7 @@ __all__ = ["SHARES", "Trust", "expected", "knows", "outputs_of"]
 SHARES = (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
 """c: the shares of P that are mixed."""
 
-_MEMORY = 0.98
+_MEMORY = 0.95
 """ρ, a batch."""
 
 _LEAST = 1e-12

@@ -47,7 +47,7 @@ def test_a_step_returns_the_mixture_over_shares_of_p(observation: str, outputs: 
         chance = torch.where(one_hot.bool(), each, 1 - each)
         if observation == "categorical":
             chance = chance[:, one_hot.bool()]
-        evidence = 0.98 * evidence + chance.log().flatten(1).sum(1)
+        evidence = 0.95 * evidence + chance.log().flatten(1).sum(1)
     weights = evidence.softmax(0)
     assert optimizer.diagnostics()["trust"] == pytest.approx(float(weights @ torch.tensor(SHARES).double()))
 
@@ -62,7 +62,11 @@ def test_predict_mixes_with_the_same_weights() -> None:
         share = optimizer.diagnostics()["trust"]
         found = optimizer.step(lambda i=i: (model(x[i : i + 4]), y[i : i + 4]))
         close(found.softmax(-1), before.mean, 1e-9)
-        close(before.label_covariance, torch.diag_embed(before.mean) - before.mean[:, :, None] * before.mean[:, None], 1e-12)
+        close(
+            before.label_covariance,
+            torch.diag_embed(before.mean) - before.mean[:, :, None] * before.mean[:, None],
+            1e-12,
+        )
         assert before.factor == share
 
 
