@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,8 +38,16 @@ class Prediction:
     label_covariance: Tensor
 
 
-def expected_softmax(outputs: Tensor, covariance: Tensor) -> Tensor:
-    """E[softmax(z)] for ``z ~ N(outputs, covariance)``, (B, C) float64.
+@lru_cache(maxsize=8)
+def _normal(size: int, device: torch.device) -> Tensor:
+    """A fixed scrambled Sobol' set of standard normal points, (points, size) float64."""
+    sobol = torch.quasirandom.SobolEngine(size, scramble=True, seed=0)
+    uniform = sobol.draw(_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9).to(device)
+    return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+
+
+def expected_softmax(outputs: Tensor, covariance: Tensor, shares: Sequence[float] = (1.0,)) -> Tensor:
+    """E[softmax(z)] for ``z ~ N(outputs, c · covariance)``, float64: (B, C), or (S, B, C) for S shares c.
 
     The mean over a fixed scrambled Sobol' set of normal points and their mirror images, so it does not change from call
     to call. Against Monte Carlo on ten classes, with logits of standard deviation 1.5, its mean error was 0.0008, that
@@ -46,14 +56,18 @@ def expected_softmax(outputs: Tensor, covariance: Tensor) -> Tensor:
     Args:
         outputs: (B, C).
         covariance: (B, C, C), of the outputs or of the centred outputs.
+        shares: c ≥ 0.
     """
-    sobol = torch.quasirandom.SobolEngine(outputs.shape[1], scramble=True, seed=0)
-    uniform = sobol.draw(_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9).to(outputs.device)
-    normal = math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+    normal = _normal(outputs.shape[1], outputs.device)
     values, vectors = torch.linalg.eigh(covariance)
     spread = normal @ (vectors * values.clamp_min(0).sqrt()[:, None, :]).mT  # (B, points, C)
     centre = outputs.double()[:, None, :]
-    return ((centre + spread).softmax(-1).mean(1) + (centre - spread).softmax(-1).mean(1)) / 2
+    each = []
+    for share in shares:
+        away = math.sqrt(share) * spread
+        mean = ((centre + away).softmax(-1).mean(1) + (centre - away).softmax(-1).mean(1)) / 2 if share else None
+        each.append(centre[:, 0].softmax(-1) if mean is None else mean)
+    return each[0] if len(each) == 1 else torch.stack(each)
 
 
 def expected_sigmoid(outputs: Tensor, variance: Tensor) -> Tensor:

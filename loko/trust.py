@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from loko.observation import Bernoulli, Categorical, ObservationModel
+from loko.prediction import expected_sigmoid, expected_softmax
 
 __all__ = ["SHARES", "Trust", "expected", "knows", "outputs_of"]
 
@@ -78,9 +79,11 @@ def knows(model: ObservationModel) -> bool:
 
 def expected(model: ObservationModel, outputs: Tensor, covariance: Tensor) -> Tensor:
     """The label expected under each share, (S, B, C), for outputs (B, C) and their covariance (B, C, C)."""
-    shares = covariance.new_tensor(SHARES)[:, None, None, None]
-    many, _ = model.expect(outputs.repeat(len(SHARES), 1), (shares * covariance).flatten(0, 1), None)
-    return torch.cat([model.full_mean(outputs)[None], many.view(len(SHARES), *outputs.shape)[1:]])
+    if isinstance(model, Categorical):
+        return expected_softmax(outputs, covariance, SHARES)
+    shares = covariance.new_tensor(SHARES)[:, None, None]
+    variance = shares * covariance.diagonal(dim1=-2, dim2=-1)
+    return expected_sigmoid(outputs.expand_as(variance), variance)
 
 
 def outputs_of(model: ObservationModel, mean: Tensor) -> Tensor:
