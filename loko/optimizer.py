@@ -502,6 +502,8 @@ class LoKO(torch.optim.Optimizer):
     def _needs_all(self, outputs: Tensor, tolerance: float) -> bool:
         """Whether the predictions alone, without the labels, leave no output out."""
         assert self._contrast is not None
+        if len(self._contrast) == 1:
+            return True
         mass, _ = self._observation.rank_outputs(self._observation.full_mean(outputs))
         tail = mass.flip(1).cumsum(1).flip(1)
         needed = self._world.same((tail > tolerance).sum(1).max().clamp_min(1).double())
