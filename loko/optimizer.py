@@ -443,11 +443,11 @@ class LoKO(torch.optim.Optimizer):
 
         Args:
             closure: runs the model and returns its outputs (B, C), such as ``lambda: model(**inputs).logits``.
-            calibrated: allow for as much of P as has proved right. With ``prediction="expected"`` that is the mixture
-                that ``step`` predicts with (``loko.trust``). Else P is scaled by the innovations seen: where they are
-                c times what S says, c the running mean of eᵀS⁻¹e / N, the covariance that agrees with them is c times
-                as large (the a posteriori variance factor of adjustment theory); ``ema`` noise keeps c below one, on
-                MNIST below 0.03. False takes P as it is, which is exact for a linear model whose noise is known.
+            calibrated: scale what P says by the innovations seen: where they are c times what S says, c the running
+                mean of eᵀS⁻¹e / N, the covariance that agrees with them is c times as large (the a posteriori variance
+                factor of adjustment theory). ``ema`` noise keeps c below one, on MNIST below 0.03. False takes P as
+                it is, which is exact for a linear model whose noise is known. The mixture that ``step`` predicts with
+                is not used here: where batches leave outputs out it was learned long ago (docs/uncertainty.md).
 
         Raises:
             RuntimeError: ``initial_covariance="auto"`` and no step yet: P has no scale before the first batch.
@@ -472,9 +472,6 @@ class LoKO(torch.optim.Optimizer):
         own = self._world.own_rows(share.counts)
         lift = torch.linalg.pinv(contrast)  # from observed combinations back to the outputs, centred where they are
         covariance = lift @ diagonal_blocks(spread, len(contrast))[own] @ lift.mT
-        if calibrated and self._trust is not None:
-            mean = self._trust.mix(expected(self._observation, seen, covariance))
-            return Prediction(seen, covariance, self._trust.share, mean, self._observation.link(mean))
         noise = self._noise_state if self._noise.on_outputs else None
         factor = self._counters.consistency if calibrated and self._counters.steps > 0 else 1.0
         found = self._observation.expect(seen, factor * covariance, None if noise is None else factor * noise)

@@ -52,24 +52,6 @@ def test_a_step_returns_the_mixture_over_shares_of_p(observation: str, outputs: 
     assert optimizer.diagnostics()["trust"] == pytest.approx(float(weights @ torch.tensor(SHARES).double()))
 
 
-def test_predict_mixes_with_the_same_weights() -> None:
-    """What ``predict`` says of the next rows is what ``step`` then returns for them."""
-    model = Tiny(4)
-    optimizer = LoKO(model, output_tolerance=0.0, **PLAIN)
-    x, y = rows("categorical", 4, 12)
-    for i in range(0, 12, 4):
-        before = optimizer.predict(lambda i=i: model(x[i : i + 4]))
-        share = optimizer.diagnostics()["trust"]
-        found = optimizer.step(lambda i=i: (model(x[i : i + 4]), y[i : i + 4]))
-        close(found.softmax(-1), before.mean, 1e-9)
-        close(
-            before.label_covariance,
-            torch.diag_embed(before.mean) - before.mean[:, :, None] * before.mean[:, None],
-            1e-12,
-        )
-        assert before.factor == share
-
-
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), tolerance=st.sampled_from([0.0, 0.05, 0.2, 0.5]), sharp=st.floats(0.5, 6.0))
 def test_a_prediction_knows_nothing_of_its_labels(seed: int, tolerance: float, sharp: float) -> None:
