@@ -379,7 +379,7 @@ class LoKO(torch.optim.Optimizer):
         jacobian = self._world.exchange(own_jacobian, jacobians.counts)
         del own_jacobian
         expects = self.assimilate(pending, jacobian, closure)
-        return seen if expects is None else expects.to(seen.dtype)
+        return seen if expects is None else expects.to(torch.promote_types(seen.dtype, torch.float32))
 
     @torch.no_grad()
     def observe(self, closure: Closure) -> Pending | None:

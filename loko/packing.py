@@ -289,7 +289,7 @@ class Pack:
         for k, optimizer in filters.items():
             expects = optimizer.assimilate(pending[k], jacobians[k], partial(_again, runs[k], batch))
             if expects is not None:
-                predicted[k] = expects.to(outputs.dtype)
+                predicted[k] = expects.to(torch.promote_types(outputs.dtype, torch.float32))
         return predicted
 
 

@@ -115,6 +115,14 @@ def test_plug_in_and_gaussian_return_the_outputs_of_the_model() -> None:
         assert "trust" not in optimizer.diagnostics()
 
 
+def test_probabilities_of_a_model_in_bfloat16_keep_their_precision() -> None:
+    model = Tiny(3).float()
+    x, y = rows("categorical", 3, 4)
+    found = LoKO(model).step(lambda: (model(x.float()).bfloat16(), y))
+    assert found.dtype == torch.float32
+    close(found.double().exp().sum(1), torch.ones(4).double(), 1e-6)
+
+
 def test_a_batch_that_is_skipped_teaches_no_trust() -> None:
     model = Tiny(3)
     optimizer = LoKO(model)
