@@ -28,7 +28,16 @@ from torch import Tensor
 from loko.filter import Linearization, cholesky
 from loko.prediction import expected_sigmoid, expected_softmax
 
-__all__ = ["OBSERVATIONS", "Bernoulli", "Categorical", "Gaussian", "ObservationModel", "linearize", "narrow"]
+__all__ = [
+    "OBSERVATIONS",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "ObservationModel",
+    "linearize",
+    "narrow",
+    "outputs_needed",
+]
 
 
 class ObservationModel(Protocol):
@@ -300,8 +309,7 @@ def narrow(
     target = model.full_target(labels, outputs.shape[1]).to(mean.device)
     residual, point = target - mean, torch.lerp(mean, target, weight)
     mass, order = model.rank_outputs(point)
-    tail = mass.flip(1).cumsum(1).flip(1)  # of this output and all behind it
-    needed = max(1, int((tail > tolerance).sum(1).max()))
+    needed = int(outputs_needed(mass, tolerance))
     count = needed if limit is None else min(needed, limit)
     columns = model.seeds(point, order[:, :count])
     kept = model.kept(outputs.shape[1])
@@ -320,6 +328,12 @@ def narrow(
     if noise is None:
         return Linearization(along, basis.mT @ link), basis.mT
     return Linearization(residual[:, kept], link[:, kept], along), basis.mT
+
+
+def outputs_needed(mass: Tensor, tolerance: float) -> Tensor:
+    """How many outputs a batch cannot leave out, at least one: ``mass`` (B, k) as ``rank_outputs`` gives it."""
+    tail = mass.flip(1).cumsum(1).flip(1)  # of this output and all behind it
+    return (tail > tolerance).sum(1).max().clamp_min(1)
 
 
 def _check_shape(name: str, outputs: Tensor, labels: Tensor) -> None:

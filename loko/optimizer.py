@@ -15,14 +15,14 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance, outward
 from loko.distributed import Exact, Ranks
-from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, symmetric_root, whitened_innovation
+from loko.filter import Innovation, Linearization, cholesky, lifted_blocks, whitened_innovation
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
-from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow
+from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow, outputs_needed
 from loko.prediction import Prediction
 from loko.rows import Jacobian
 from loko.scale import Scale
-from loko.start import COMMON, know_the_mean, spread
+from loko.start import know_the_mean, spread
 from loko.trust import Trust, expected, knows, outputs_of
 
 log = logging.getLogger(__name__)
@@ -378,8 +378,7 @@ class LoKO(torch.optim.Optimizer):
             jacobians.rows = len(own_jacobian)
         jacobian = self._world.exchange(own_jacobian, jacobians.counts)
         del own_jacobian
-        expects = self.assimilate(pending, jacobian, closure)
-        return seen if expects is None else expects.to(torch.promote_types(seen.dtype, torch.float32))
+        return self.assimilate(pending, jacobian, closure)
 
     @torch.no_grad()
     def observe(self, closure: Closure) -> Pending | None:
@@ -408,7 +407,7 @@ class LoKO(torch.optim.Optimizer):
         return Pending(observed, directions, seeds, all_outputs, all_labels, own)
 
     @torch.no_grad()
-    def assimilate(self, pending: Pending, jacobian: Jacobian, closure: Closure) -> Tensor | None:
+    def assimilate(self, pending: Pending, jacobian: Jacobian, closure: Closure) -> Tensor:
         """The second half of a step: learn the rows that ``observe`` looked at.
 
         Args:
@@ -417,22 +416,22 @@ class LoKO(torch.optim.Optimizer):
             closure: as in ``step``; called again with ``noise="ema_residual"`` only.
 
         Returns:
-            The prediction of this worker's rows, (B, C) float64, where it is not the model's own outputs.
+            The prediction of this worker's rows, (B, C), as ``step`` returns it.
 
         Raises:
             NonFiniteError: see ``step``.
         """
         rows = len(pending.observed.residual)
-        learned, expects = self._learn(jacobian, pending)
-        if not learned:
+        predicted = self._learn(jacobian, pending)
+        if predicted is None:
             self._skip(rows)
-            return None
+            return pending.outputs[pending.own]
         self._counters.steps += 1
         self._counters.rows += rows
         self._counters.skipped_in_a_row = 0
         if isinstance(self._noise, EmaResidual):
             self._relearn_noise(closure, jacobian, pending.observed)
-        return expects
+        return predicted
 
     @torch.no_grad()
     def predict(self, closure: Callable[[], Tensor], *, calibrated: bool = True) -> Prediction:
@@ -471,7 +470,7 @@ class LoKO(torch.optim.Optimizer):
         spread = self._covariance.project(jacobian, self._world.reduce).outputs
         own = self._world.own_rows(share.counts)
         lift = torch.linalg.pinv(contrast)  # from observed combinations back to the outputs, centred where they are
-        covariance = lift @ diagonal_blocks(spread, len(contrast))[own] @ lift.mT
+        covariance = lifted_blocks(spread, lift)[own]
         noise = self._noise_state if self._noise.on_outputs else None
         factor = self._counters.consistency if calibrated and self._counters.steps > 0 else 1.0
         found = self._observation.expect(seen, factor * covariance, None if noise is None else factor * noise)
@@ -502,9 +501,7 @@ class LoKO(torch.optim.Optimizer):
         if len(self._contrast) == 1:
             return True
         mass, _ = self._observation.rank_outputs(self._observation.full_mean(outputs))
-        tail = mass.flip(1).cumsum(1).flip(1)
-        needed = self._world.same((tail > tolerance).sum(1).max().clamp_min(1).double())
-        return int(needed) >= len(self._contrast)
+        return int(self._world.same(outputs_needed(mass, tolerance).double())) >= len(self._contrast)
 
     def _output_limit(self, limit: int | None, outputs: Tensor) -> int:
         """Most outputs that the settings and the memory for J allow."""
@@ -535,15 +532,12 @@ class LoKO(torch.optim.Optimizer):
                 f"{len(self._contrast)}: the state is of another model"
             )
 
-    def _learn(self, jacobian: Jacobian, pending: Pending) -> tuple[bool, Tensor | None]:
-        """One predict and update; False, and nothing changed, when a number in it is not finite.
-
-        Also what ``assimilate`` returns.
-        """
+    def _learn(self, jacobian: Jacobian, pending: Pending) -> Tensor | None:
+        """One predict and update: the prediction. None, and nothing changed, when a number in it is not finite."""
         assert self._noise_state is not None
         observed, directions = pending.observed, pending.directions
         if not bool(torch.isfinite(observed.residual).all()):
-            return False, None
+            return None
         start, scale = self._start(jacobian, directions)
         if self._scale is not None and self._scale.step != 0.0:
             start = start.predict(1.0 / self._scale.factor, 0.0)
@@ -556,13 +550,13 @@ class LoKO(torch.optim.Optimizer):
         innovation, noise = self._innovate(self._noise_state, outputs, observed)
         # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
         if not bool(torch.isfinite(innovation.weights).all()):
-            return False, None
+            return None
         delta, adapted = self._moves(moved, prior, observed, innovation)
         posterior = prior.condition(innovation, self._settings["direction_decay"])
         changed = [delta, *posterior.state().values(), *([] if adapted is None else [adapted.trace])]
         total = torch.stack([value.sum().double() for value in changed])
         if not bool(torch.isfinite(self._world.reduce(total)).all()):
-            return False, None
+            return None
         self._covariance, self._scale = posterior, adapted
         for g in self.param_groups if scale is not None else ():
             g["initial_covariance"] *= scale
@@ -573,18 +567,18 @@ class LoKO(torch.optim.Optimizer):
         delta = self._world.gather_columns(delta)
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
         torch._foreach_add_(self._params, [part.to(p.dtype) for part, p in zip(parts, self._params, strict=True)])
-        return True, self._expect(pending, outputs)
+        return self._expect(pending, outputs)
 
-    def _expect(self, pending: Pending, prior: Tensor) -> Tensor | None:
-        """The prediction of this worker's rows from K; None where it is the model's own outputs."""
+    def _expect(self, pending: Pending, prior: Tensor) -> Tensor:
+        """The prediction of this worker's rows, from K; in float32 at least where it is not the model's own."""
         if self._trust is None or pending.directions.dim() == 3:
-            return None  # which directions a narrowed batch has depends on its labels
-        lift = torch.linalg.pinv(pending.directions.to(prior))
-        covariance = lift @ diagonal_blocks(prior, len(pending.directions)) @ lift.mT
+            return pending.outputs[pending.own]  # which directions a narrowed batch has depends on its labels
+        covariance = lifted_blocks(prior, torch.linalg.pinv(pending.directions.to(prior)))
         each = self._world.same(expected(self._observation, pending.outputs, covariance))
         mean = self._trust.mix(each)
         self._trust = self._trust.learned(each, self._observation, pending.labels)
-        return outputs_of(self._observation, mean)[pending.own]
+        dtype = torch.promote_types(pending.outputs.dtype, torch.float32)
+        return outputs_of(self._observation, mean)[pending.own].to(dtype)
 
     def _moved(self, jacobian: Jacobian) -> Tensor | None:
         """J h, (N,) float64: how a larger P so far would have moved the outputs. None without ``scale_adaptation``."""
@@ -639,8 +633,7 @@ class LoKO(torch.optim.Optimizer):
         start = self._covariance.predict(1.0 / scale, 0.0)
         if found.mean is None:
             return start, scale
-        root = self._world.same(symmetric_root(found.mean / COMMON))
-        return know_the_mean(start, jacobian, root, self._world.reduce, self._world.same), scale
+        return know_the_mean(start, jacobian, found.mean, self._world.reduce, self._world.same), scale
 
     def predicted(self, covariance: Covariance) -> Covariance:
         """A covariance one step later: forgetting and process noise of every group, no rows."""

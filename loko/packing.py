@@ -287,9 +287,7 @@ class Pack:
             learner.descend(len(batch))
         predicted = list(outputs.detach())
         for k, optimizer in filters.items():
-            expects = optimizer.assimilate(pending[k], jacobians[k], partial(_again, runs[k], batch))
-            if expects is not None:
-                predicted[k] = expects.to(torch.promote_types(outputs.dtype, torch.float32))
+            predicted[k] = optimizer.assimilate(pending[k], jacobians[k], partial(_again, runs[k], batch))
         return predicted
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loko.covariance import Covariance, Reduce
-from loko.filter import Innovation, cholesky, diagonal_blocks, whitened_innovation
+from loko.filter import Innovation, cholesky, lifted_blocks, symmetric_root, whitened_innovation
 from loko.rows import Jacobian
 
 __all__ = ["COMMON", "Spread", "know_the_mean", "spread"]
@@ -55,7 +55,7 @@ def spread(outputs: Tensor, directions: Tensor) -> Spread:
     rows = len(outputs) // count
     each = directions.to(outputs).expand(rows, -1, -1)
     lift = torch.linalg.pinv(each)  # (B, C, m)
-    total = float((lift @ diagonal_blocks(outputs, count) @ lift.mT).diagonal(dim1=-2, dim2=-1).sum(-1).mean()) / count
+    total = float(lifted_blocks(outputs, lift).diagonal(dim1=-2, dim2=-1).sum(-1).mean()) / count
     if rows == 1:
         return Spread(total, total, None)
     pooled = torch.cat(list(lift), 1) / rows  # (C, N): the mean of the rows' logits
@@ -64,15 +64,16 @@ def spread(outputs: Tensor, directions: Tensor) -> Spread:
     return Spread(total, max(_LEAST * total, (total - of_mean) * rows / (rows - 1)), mean)
 
 
-def know_the_mean(covariance: Covariance, jacobian: Jacobian, root: Tensor, reduce: Reduce, same: Reduce) -> Covariance:
+def know_the_mean(covariance: Covariance, jacobian: Jacobian, mean: Tensor, reduce: Reduce, same: Reduce) -> Covariance:
     """P after one observation of the mean of the rows' logits: that they are what the model says, give or take.
 
     Args:
         covariance: P.
         jacobian: J of the first batch, (N, n).
-        root: a square root of Q / ``COMMON``, (N, N) float64, symmetric.
+        mean: Q of ``Spread``, (N, N) float64.
         reduce, same: see ``loko.covariance``.
     """
+    root = same(symmetric_root(mean / COMMON))
     prior = covariance.project(jacobian, reduce, same)
     factor, jitters = cholesky(whitened_innovation(prior.outputs, root[None]))
     nothing = root.new_zeros(len(root))

@@ -7,9 +7,9 @@ mixture over shares c of P,
 
     p(y) = Σ_c w_c E[π(z)],  z ~ N(f(θ), c J P Jᵀ),        w_c ∝ Π p_c(y of a batch) ^ (ρ ^ age of the batch)
 
-which is Bayesian model averaging with forgetting (Raftery, Kárný and Ettler 2010, Technometrics 52). Without forgetting
-its log loss is within log 6 of that of the best share, over the whole stream; and c = 0, the prediction at the mean, is
-one of them.
+which is Bayesian model averaging with forgetting (Raftery, Kárný and Ettler 2010, Technometrics 52). One row a batch,
+and without forgetting, its log loss is within log 6 of that of the best share, over the whole stream; and c = 0, the
+prediction at the mean, is one of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loko.observation import Bernoulli, Categorical, ObservationModel
-from loko.prediction import expected_sigmoid, expected_softmax
+from loko.prediction import expected_sigmoid, expected_softmaxes
 
 __all__ = ["SHARES", "Trust", "expected", "knows", "outputs_of"]
 
@@ -80,7 +80,7 @@ def knows(model: ObservationModel) -> bool:
 def expected(model: ObservationModel, outputs: Tensor, covariance: Tensor) -> Tensor:
     """The label expected under each share, (S, B, C), for outputs (B, C) and their covariance (B, C, C)."""
     if isinstance(model, Categorical):
-        return expected_softmax(outputs, covariance, SHARES)
+        return expected_softmaxes(outputs, covariance, SHARES)
     shares = covariance.new_tensor(SHARES)[:, None, None]
     variance = shares * covariance.diagonal(dim1=-2, dim2=-1)
     return expected_sigmoid(outputs.expand_as(variance), variance)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from loko import LoKO
 from loko.config import ConfigError, LokoConfig, validate
 from loko.covariance import LowRank, alone
-from loko.filter import symmetric_root
 from loko.observation import Categorical
 from loko.start import COMMON, know_the_mean, spread
 from tests.oracle import jacobian
@@ -92,7 +91,7 @@ def test_the_mean_of_the_rows_is_observed_once(own_basis: bool) -> None:
     start = LowRank.start(0.5 + torch.rand(J.shape[-1], dtype=torch.float64), 9)
     found = spread(start.project(seen).outputs, D)
     assert found.mean is not None
-    after = know_the_mean(start, seen, symmetric_root(found.mean / COMMON), alone, alone)
+    after = know_the_mean(start, seen, found.mean, alone, alone)
     assert isinstance(after, LowRank)
     wanted = torch.diag(start.precision) + J.mean(0).mT @ J.mean(0) / COMMON
     torch.testing.assert_close(torch.diag(after.precision) + after.factor.mT @ after.factor, wanted)
@@ -122,8 +121,7 @@ def test_it_is_the_filter_with_that_start_given() -> None:
     J = (directions @ logits_jacobian(twin, 4, "categorical", 3, given.engine.names)).reshape(8, -1)
     found = spread(given.covariance.project(J).outputs, directions)
     assert found.mean is not None
-    root = symmetric_root(found.mean / COMMON)
-    given.covariance = know_the_mean(given.covariance, J, root, alone, alone)
+    given.covariance = know_the_mean(given.covariance, J, found.mean, alone, alone)
     given.step(lambda: (twin(first[0]), first[1]))
     for i in range(4, 24, 4):
         for one, net in ((optimizer, model), (given, twin)):
