@@ -545,8 +545,8 @@ class LoKO(torch.optim.Optimizer):
         prior = predicted.project(jacobian, self._world.reduce, self._world.same)
         moved = self._moved(jacobian)
         outputs = prior.outputs
-        if self._scale is not None and moved is not None:
-            outputs = outputs + self._scale.spread(self._settings["scale_adaptation"], moved)
+        if moved is not None:
+            outputs = outputs + Scale.spread(self._settings["scale_adaptation"], moved)
         innovation, noise = self._innovate(self._noise_state, outputs, observed)
         # A non-finite Jacobian shows in K, and so in w; what overflows in between shows in the sums.
         if not bool(torch.isfinite(innovation.weights).all()):
@@ -595,7 +595,7 @@ class LoKO(torch.optim.Optimizer):
         rate = self._settings["scale_adaptation"]
         change = self._scale.change(prior.outputs, innovation, moved)
         delta, step = prior.mean_step(torch.stack([innovation.weights, change]))  # both in one walk of J
-        delta = delta.add(self._scale.trace, alpha=self._scale.shift(rate, moved, innovation))
+        delta = delta.add(self._scale.trace, alpha=Scale.shift(rate, moved, innovation))
         return delta, self._scale.update(rate, observed, moved, step)
 
     def _innovate(self, state: Tensor, prior: Tensor, observed: Linearization) -> tuple[Innovation, Tensor]:

@@ -64,11 +64,13 @@ class Scale:
         """s of the next step."""
         return math.exp(self.step)
 
-    def spread(self, rate: float, moved: Tensor) -> Tensor:
+    @staticmethod
+    def spread(rate: float, moved: Tensor) -> Tensor:
         """``μ² (J h)(J h)ᵀ``, (N, N): the prior covariance of the outputs that not knowing log s adds to K."""
         return rate**2 * torch.outer(moved, moved)
 
-    def shift(self, rate: float, moved: Tensor, innovation: Innovation) -> float:
+    @staticmethod
+    def shift(rate: float, moved: Tensor, innovation: Innovation) -> float:
         """``μ² (J h)ᵀ w``: how far the mean moves along h."""
         return rate**2 * float(moved @ innovation.weights)
 
