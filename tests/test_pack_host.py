@@ -104,10 +104,10 @@ def test_a_trial_that_fails_fails_alone(plain: dict[str, Any], tmp_path: Path, m
 
     assimilate = LoKO.assimilate
 
-    def failing(self: LoKO, *args: Any) -> None:
+    def failing(self: LoKO, *args: Any) -> Any:
         if self.param_groups[0]["initial_covariance"] == 0.3 and self._counters.rows >= 12:
             raise NonFiniteError("it has diverged")
-        assimilate(self, *args)
+        return assimilate(self, *args)
 
     monkeypatch.setattr(LoKO, "assimilate", failing)
 
