@@ -36,16 +36,11 @@ Plain = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [first, first + rows) of a data set, to be shuffled; the drift, if any, begins after ``change`` rows."""
+    """Rows [first, first + rows) of a data set, to be shuffled."""
 
     first: int
     rows: int
     order: int
-
-    @property
-    def change(self) -> int:
-        """Where a drift begins: a third of the way, at the end of a batch."""
-        return self.rows // 3 // BATCH * BATCH
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,8 @@ class Stream:
         task: the task section of an experiment.
         tuned: rows the search learns.
         reported: rows behind those that the comparison learns.
-        drift: kind and settings of a drift that begins at ``Part.change``, or None.
+        drift: kind and settings of a drift, or None.
+        before: the part of the rows that come before the drift, as one over a whole number.
         heldout: rows to score at the end.
         then: rows of a second domain that follow.
         every: rows between two reports of a comparison; each scores 64 rows ahead, which text makes dear.
@@ -71,13 +67,16 @@ class Stream:
     reported: int = 1000
     skip: int = 0
     drift: Plain | None = None
+    before: int = 3
     heldout: Path | None = None
     then: Path | None = None
     every: int = EVERY
 
     def change(self, part: Part) -> int | None:
-        """The row at which the drift, or the second domain, begins."""
-        return part.rows // 2 if self.then else part.change if self.drift is not None else None
+        """The row at which the second domain begins, or the drift, at the end of a batch."""
+        if self.then:
+            return part.rows // 2
+        return part.rows // self.before // BATCH * BATCH if self.drift is not None else None
 
     @property
     def missing(self) -> str | None:
@@ -148,8 +147,7 @@ def streams(full: bool) -> list[Stream]:
     def image(made: str) -> Plain:
         return vit if full else _image(str(MADE / made / "model"), ("pwconv1", "pwconv2"))
 
-    tuned, images, sentences = (1600, 5000, 5000) if full else (600, 1000, 600)
-    fewer = 1600 if full else 400  # a row of text costs seven images
+    tuned, rows = (1600, 5000) if full else (600, 1000)
     sst2, cola, cifar10 = (SHARED / f"{name}.parquet" for name in ("sst2_train", "cola_train", "cifar10_train_8k"))
     mnist, fashion = MADE / "mnist", MADE / "fashion"
     return [
@@ -161,13 +159,13 @@ def streams(full: bool) -> list[Stream]:
             drift={"kind": "rotation", "degrees": 90},
             heldout=mnist / "heldout",
         ),
-        Stream("fashion", (fashion / "stream",), image("fashion"), tuned, images, heldout=fashion / "heldout"),
+        Stream("fashion", (fashion / "stream",), image("fashion"), tuned, rows, heldout=fashion / "heldout"),
         Stream(
             "cifar10",
             (cifar10,),
             image("cifar10"),
             tuned,
-            images,
+            rows,
             skip=0 if full else _CIFAR_ROWS,
             heldout=SHARED / "cifar10_test_2k.parquet",
         ),
@@ -178,18 +176,19 @@ def streams(full: bool) -> list[Stream]:
             then=fashion / "stream",
             heldout=fashion / "heldout",
         ),
-        Stream("sst2", (sst2,), text, fewer, sentences, heldout=SHARED / "sst2_validation.parquet", every=2 * EVERY),
+        Stream("sst2", (sst2,), text, tuned, rows, heldout=SHARED / "sst2_validation.parquet", every=2 * EVERY),
         Stream(
             "sst2-flip",
             (sst2,),
             text,
-            fewer,
-            sentences,
+            tuned,
+            rows,
             drift={"kind": "relabel", "mapping": "flip"},
+            before=2,
             heldout=SHARED / "sst2_validation.parquet",
             every=2 * EVERY,
         ),
-        Stream("cola", (cola,), text, fewer, sentences, heldout=SHARED / "cola_validation.parquet", every=2 * EVERY),
+        Stream("cola", (cola,), text, tuned, rows, heldout=SHARED / "cola_validation.parquet", every=2 * EVERY),
     ]
 
 
