@@ -13,7 +13,7 @@ uncertain.
 
 With many outputs most of them hardly vary, and a backward pass for each is wasted. :func:`narrow` observes fewer
 directions, chosen for each sample, and needs of a model the same on all C outputs: ``full_mean``, ``full_target``,
-``times_link``, and which outputs matter (``rank_outputs``, ``seeds``).
+``times_link``, and which outputs matter (``importance``, ``implied``, ``seeds``).
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ __all__ = [
 class ObservationModel(Protocol):
     """What the optimizer asks of an observation model."""
 
+    @property
+    def implied(self) -> int: ...
     def contrast(self, num_outputs: int) -> Tensor: ...
     def check(self, outputs: Tensor, labels: Tensor) -> None: ...
     def mean(self, outputs: Tensor) -> Tensor: ...
@@ -53,7 +55,7 @@ class ObservationModel(Protocol):
     def full_mean(self, outputs: Tensor) -> Tensor: ...
     def full_target(self, labels: Tensor, num_outputs: int) -> Tensor: ...
     def times_link(self, point: Tensor, matrix: Tensor) -> Tensor: ...
-    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]: ...
+    def importance(self, point: Tensor) -> Tensor: ...
     def seeds(self, point: Tensor, chosen: Tensor) -> Tensor: ...
     def expect(self, outputs: Tensor, covariance: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
@@ -115,13 +117,14 @@ class Categorical:
         """``(diag(π) − π πᵀ) matrix`` on all classes, for π (B, C) and matrix (B, C, k)."""
         return point[..., None] * (matrix - point[:, None, :] @ matrix)
 
-    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities from the second most probable class down, and those classes: (B, C − 1) each.
+    @property
+    def implied(self) -> int:
+        """One: the rows of Λ J add up to zero, so that of the most probable class follows from the others."""
+        return 1
 
-        The rows of Λ J add up to zero, so that of the most probable class follows from the others.
-        """
-        mass, order = point.sort(dim=1, descending=True)
-        return mass[:, 1:], order[:, 1:]
+    def importance(self, point: Tensor) -> Tensor:
+        """Probabilities, (B, C)."""
+        return point
 
     def seeds(self, point: Tensor, chosen: Tensor) -> Tensor:
         """``e_c − π`` for each chosen class, (B, C, k): row c of Λ J is π_c times this combination of the rows of J."""
@@ -177,10 +180,14 @@ class Bernoulli:
         """``diag(π (1 − π)) matrix`` for π (B, C) and matrix (B, C, k)."""
         return (point * (1 - point))[..., None] * matrix
 
-    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Variances π (1 − π) in falling order and the outputs they belong to, (B, C) each."""
-        mass, order = (point * (1 - point)).sort(dim=1, descending=True)
-        return mass, order
+    @property
+    def implied(self) -> int:
+        """None."""
+        return 0
+
+    def importance(self, point: Tensor) -> Tensor:
+        """Variances π (1 − π), (B, C)."""
+        return point * (1 - point)
 
     def seeds(self, point: Tensor, chosen: Tensor) -> Tensor:
         """Unit vectors of the chosen outputs, (B, C, k)."""
@@ -231,9 +238,14 @@ class Gaussian:
         """The link is the identity."""
         return matrix
 
-    def rank_outputs(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """All outputs matter alike; they come in their own order, (B, C) each."""
-        return torch.ones_like(point), torch.arange(point.shape[1], device=point.device).expand(len(point), -1)
+    @property
+    def implied(self) -> int:
+        """None."""
+        return 0
+
+    def importance(self, point: Tensor) -> Tensor:
+        """All outputs matter alike, (B, C)."""
+        return torch.ones_like(point)
 
     def seeds(self, point: Tensor, chosen: Tensor) -> Tensor:
         """Unit vectors of the chosen outputs, (B, C, k)."""
@@ -280,38 +292,47 @@ def narrow(
     labels: Tensor,
     weight: float,
     *,
+    free: int,
     tolerance: float,
     limit: int | None,
     noise: Tensor | None,
-) -> tuple[Linearization, Tensor]:
+) -> tuple[Linearization, Tensor, int]:
     """Linearise along few directions of the outputs instead of all, chosen for each sample (docs/filter.md §10).
 
-    Outputs are left out while the probability (Bernoulli: the variance) of all that are left out together stays within
-    ``tolerance``. What is kept is exact: with Q the orthonormal basis of the kept directions, ``Ĥ = Λ Q Qᵀ J``, and the
-    rows of H that belong to kept classes, and to the most probable one up to the rest, are those of Λ J. Each other row
-    is off by at most its probability times a centred logit's Jacobian. So with τ = tolerance and v the largest prior
-    variance of a centred logit of the sample, ``‖Ĥ P Ĥᵀ − H P Hᵀ‖ ≤ 4 τ √v ‖H P Hᵀ‖^½ + 4 τ² v`` (spectral norms; each
-    sample's block; what is left out counts once in its own rows and once in that of the most probable class).
+    The first ``free`` directions are those of the outputs that the prediction alone calls important, so what K says
+    along them can go into the prediction of the same batch. Behind them come outputs that matter for their labels: a
+    class that had next to no probability, and proved right. Outputs are left out while the probability (Bernoulli: the
+    variance) of all that are left out together, at ȳ, stays within ``tolerance``.
 
-    Where ``limit`` allows fewer directions than that, the first is the gradient of the whitened residual, so that the
+    With Q the orthonormal basis of the directions, ``Ĥ = Λ Q Qᵀ J``. Each row of H that is left out is off by at most
+    its probability times a centred logit's Jacobian, that of the most probable class by as much as these together, and
+    where that class is the label, the rows that are kept lean on it. So with τ' = τ (1 + ω (1 − π)/π), τ = tolerance, π
+    the largest probability of ŷ, and v the largest prior variance of a centred logit of the sample,
+    ``‖Ĥ P Ĥᵀ − H P Hᵀ‖ ≤ 4 τ' √v ‖H P Hᵀ‖^½ + 4 τ'² v`` (spectral norms; each sample's block).
+
+    Where ``limit`` allows fewer directions than that, the last is the gradient of the whitened residual, so that the
     mean update sees all of it; the others are the most probable classes. That filter is less informed, not wrong.
 
     Args:
         model, outputs, labels, weight: as in :func:`linearize`.
+        free: how many outputs of each sample the prediction calls important (:func:`outputs_needed`).
         tolerance: τ ≥ 0.
         limit: most directions, or None.
         noise: R (m, m) for noises that live on the outputs, None for those in logit space.
 
     Returns:
-        The linearisation and the directions Qᵀ, (B, k, C): one backward pass for each of the k.
+        The linearisation, the directions Qᵀ, (B, k, C): one backward pass for each of the k, and how many of them, from
+        the first on, owe nothing to the labels.
     """
     mean = model.full_mean(outputs)
     target = model.full_target(labels, outputs.shape[1]).to(mean.device)
     residual, point = target - mean, torch.lerp(mean, target, weight)
-    mass, order = model.rank_outputs(point)
-    needed = int(outputs_needed(mass, tolerance))
+    order = model.importance(mean).argsort(dim=1, descending=True)[:, model.implied :]
+    mass, ranks = model.importance(point).gather(1, order[:, free:]).sort(dim=1, descending=True)
+    order = torch.cat([order[:, :free], order[:, free:].gather(1, ranks)], dim=1)
+    needed = free + _not_within(mass, tolerance)
     count = needed if limit is None else min(needed, limit)
-    columns = model.seeds(point, order[:, :count])
+    first = free if limit is None else min(free, limit - 1)  # whether there is a gradient depends on the labels
     kept = model.kept(outputs.shape[1])
     if count < needed:
         gradient = residual[..., None]
@@ -321,19 +342,27 @@ def narrow(
             gradient[:, kept, 0] = torch.cholesky_solve(residual[:, kept].mT, factor).mT
             gradient = model.times_link(point, gradient)
         scale = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
-        columns = torch.cat([gradient / scale, columns[..., : count - 1]], dim=2)
+        columns = torch.cat([model.seeds(mean, order[:, : count - 1]), gradient / scale], dim=2)
+    else:
+        columns = model.seeds(mean, order[:, :count])
     basis = torch.linalg.qr(columns).Q  # (B, C, k)
     link = model.times_link(point, basis)
     along = (basis.mT @ residual[..., None])[..., 0]
     if noise is None:
-        return Linearization(along, basis.mT @ link), basis.mT
-    return Linearization(residual[:, kept], link[:, kept], along), basis.mT
+        return Linearization(along, basis.mT @ link), basis.mT, first
+    return Linearization(residual[:, kept], link[:, kept], along), basis.mT, first
 
 
-def outputs_needed(mass: Tensor, tolerance: float) -> Tensor:
-    """How many outputs a batch cannot leave out, at least one: ``mass`` (B, k) as ``rank_outputs`` gives it."""
+def outputs_needed(model: ObservationModel, outputs: Tensor, tolerance: float) -> int:
+    """How many outputs a batch cannot leave out, as the predictions (B, C) have it whatever the labels; at least 1."""
+    mass = model.importance(model.full_mean(outputs)).sort(dim=1, descending=True).values[:, model.implied :]
+    return max(1, _not_within(mass, tolerance))
+
+
+def _not_within(mass: Tensor, tolerance: float) -> int:
+    """How many columns of ``mass`` (B, k), in falling order, have to stay so that no row lacks more than τ."""
     tail = mass.flip(1).cumsum(1).flip(1)  # of this output and all behind it
-    return (tail > tolerance).sum(1).max().clamp_min(1)
+    return int((tail > tolerance).sum(1).max()) if mass.shape[1] else 0
 
 
 def _check_shape(name: str, outputs: Tensor, labels: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance, outward
 from loko.distributed import Exact, Ranks
-from loko.filter import Innovation, Linearization, cholesky, lifted_blocks, whitened_innovation
+from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, lifted_blocks, whitened_innovation
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow, outputs_needed
@@ -68,6 +68,7 @@ class Pending:
     Attributes:
         observed: the linearisation of the global batch.
         directions: directions of the outputs that J needs rows for, (m, C), or (B, m, C) for each row its own.
+        free: how many of them, from the first on, owe nothing to the labels.
         seeds: those of this worker's rows.
         outputs, labels: of the global batch.
         own: this worker's rows of it.
@@ -75,10 +76,16 @@ class Pending:
 
     observed: Linearization
     directions: Tensor
+    free: int
     seeds: Tensor
     outputs: Tensor
     labels: Tensor
     own: slice
+
+    @property
+    def known(self) -> Tensor:
+        """The directions that owe nothing to the labels, (free, C), or (B, free, C)."""
+        return self.directions[..., : self.free, :]
 
 
 @dataclass
@@ -189,8 +196,8 @@ class LoKO(torch.optim.Optimizer):
             beyond it. 0 leaves P alone.
         process_noise: q ≥ 0, added to every variance a step.
         prediction: what ``step`` returns. ``expected``: outputs that say what the filter expects, with its uncertainty
-            allowed for as far as that has proved right (``loko.trust``; in a batch that leaves outputs out, and with
-            ``gaussian`` observations, the model's own). ``plug_in``: the model's own outputs.
+            allowed for as far as that has proved right (``loko.trust``; with ``gaussian`` observations the model's
+            own). ``plug_in``: the model's own outputs.
         observation: ``categorical``, ``bernoulli``, ``gaussian``, or an ``ObservationModel``.
         max_skipped: how many batches in a row may be skipped for not being finite before :class:`NonFiniteError`.
         seed: of the ``uniform`` start.
@@ -401,10 +408,10 @@ class LoKO(torch.optim.Optimizer):
         all_labels = self._world.gather_rows(labels, share.counts)
         if len(all_outputs) == 0:
             return None
-        observed, directions = self._linearize(all_outputs, all_labels)
+        observed, directions, free = self._linearize(all_outputs, all_labels)
         own = self._world.own_rows(share.counts)
         seeds = directions if directions.dim() == 2 else directions[own]
-        return Pending(observed, directions, seeds, all_outputs, all_labels, own)
+        return Pending(observed, directions, free, seeds, all_outputs, all_labels, own)
 
     @torch.no_grad()
     def assimilate(self, pending: Pending, jacobian: Jacobian, closure: Closure) -> Tensor:
@@ -476,32 +483,34 @@ class LoKO(torch.optim.Optimizer):
         found = self._observation.expect(seen, factor * covariance, None if noise is None else factor * noise)
         return Prediction(seen, covariance, factor, *found)
 
-    def _linearize(self, outputs: Tensor, labels: Tensor) -> tuple[Linearization, Tensor]:
-        """The linearisation of the global batch, and the directions of the outputs that J needs rows for."""
+    def _linearize(self, outputs: Tensor, labels: Tensor) -> tuple[Linearization, Tensor, int]:
+        """The linearisation of the global batch, the directions of the outputs that J needs rows for, and how many of
+        them owe nothing to the labels."""
         weight, tolerance, limit = (self._settings[key] for key in ("linearization", "output_tolerance", "max_outputs"))
         assert self._contrast is not None
+        every = len(self._contrast)
         if not _narrows(self._settings["noise"], self._settings["observation"]):
-            return linearize(self._observation, outputs, labels, weight), self._contrast
-        limit = self._output_limit(limit, outputs)
-        if limit >= len(self._contrast) and (tolerance == 0 or self._needs_all(outputs, tolerance)):
-            return linearize(self._observation, outputs, labels, weight), self._contrast
+            return linearize(self._observation, outputs, labels, weight), self._contrast, every
+        limit, free = self._output_limit(limit, outputs), self._needed(outputs, tolerance)
+        if min(limit, free) >= every:
+            return linearize(self._observation, outputs, labels, weight), self._contrast, every
         noise = self._noise_state if self._noise.on_outputs else None
-        observed, directions = narrow(
-            self._observation, outputs, labels, weight, tolerance=tolerance, limit=limit, noise=noise
+        observed, directions, free = narrow(
+            self._observation, outputs, labels, weight, free=free, tolerance=tolerance, limit=limit, noise=noise
         )
         # What is left out, and the basis of what is not, are choices.
-        residual, link, along, directions = self._world.same_of(
-            [observed.residual, observed.link, observed.score, directions], resize=True
+        residual, link, along, directions, first = self._world.same_of(
+            [observed.residual, observed.link, observed.score, directions, directions.new_tensor(free)], resize=True
         )
-        return Linearization(residual, link, along), directions
+        return Linearization(residual, link, along), directions, int(first)
 
-    def _needs_all(self, outputs: Tensor, tolerance: float) -> bool:
-        """Whether the predictions alone, without the labels, leave no output out."""
+    def _needed(self, outputs: Tensor, tolerance: float) -> int:
+        """How many outputs the predictions alone, without the labels, call important; the same on every rank."""
         assert self._contrast is not None
-        if len(self._contrast) == 1:
-            return True
-        mass, _ = self._observation.rank_outputs(self._observation.full_mean(outputs))
-        return int(self._world.same(outputs_needed(mass, tolerance).double())) >= len(self._contrast)
+        if len(self._contrast) == 1 or tolerance == 0:
+            return len(self._contrast)
+        needed = outputs_needed(self._observation, outputs, tolerance)
+        return int(self._world.same(outputs.new_tensor(needed, dtype=torch.float64)))
 
     def _output_limit(self, limit: int | None, outputs: Tensor) -> int:
         """Most outputs that the settings and the memory for J allow."""
@@ -535,10 +544,10 @@ class LoKO(torch.optim.Optimizer):
     def _learn(self, jacobian: Jacobian, pending: Pending) -> Tensor | None:
         """One predict and update: the prediction. None, and nothing changed, when a number in it is not finite."""
         assert self._noise_state is not None
-        observed, directions = pending.observed, pending.directions
+        observed = pending.observed
         if not bool(torch.isfinite(observed.residual).all()):
             return None
-        start, scale = self._start(jacobian, directions)
+        start, scale = self._start(jacobian, pending)
         if self._scale is not None and self._scale.step != 0.0:
             start = start.predict(1.0 / self._scale.factor, 0.0)
         predicted = self.predicted(start)
@@ -571,10 +580,11 @@ class LoKO(torch.optim.Optimizer):
 
     def _expect(self, pending: Pending, prior: Tensor) -> Tensor:
         """The prediction of this worker's rows, from K; in float32 at least where it is not the model's own."""
-        if self._trust is None or pending.directions.dim() == 3:
-            return pending.outputs[pending.own]  # which directions a narrowed batch has depends on its labels
-        covariance = lifted_blocks(prior, torch.linalg.pinv(pending.directions.to(prior)))
-        each = self._world.same(expected(self._observation, pending.outputs, covariance))
+        if self._trust is None or pending.free == 0:
+            return pending.outputs[pending.own]
+        lift = torch.linalg.pinv(pending.known.to(prior))
+        known = diagonal_blocks(prior, pending.directions.shape[-2])[:, : pending.free, : pending.free]
+        each = self._world.same(expected(self._observation, pending.outputs, lift, known))
         mean = self._trust.mix(each)
         self._trust = self._trust.learned(each, self._observation, pending.labels)
         dtype = torch.promote_types(pending.outputs.dtype, torch.float32)
@@ -609,17 +619,20 @@ class LoKO(torch.optim.Optimizer):
         factor = found.factor if alone else cholesky(whitened_innovation(prior, root))[0]
         return Innovation(weights, root, factor, consistency, int(jitters)), noise
 
-    def _start(self, jacobian: Jacobian, directions: Tensor) -> tuple[Covariance, float | None]:
+    def _start(self, jacobian: Jacobian, pending: Pending) -> tuple[Covariance, float | None]:
         """P before the first rows, and what ``auto`` multiplied it by: None but on the first step.
 
-        K is that of the global batch, so the split over workers does not matter.
+        K is that of the global batch, so the split over workers does not matter, and of directions that do not depend
+        on the labels.
 
         Raises:
             ValueError: the outputs of the first batch depend on no parameter.
         """
         if self._counters.steps > 0 or "initial_covariance" not in self._settings:
             return self._covariance, None
-        found = spread(self._covariance.project(jacobian, self._world.reduce).outputs, directions)
+        free = pending.free or pending.directions.shape[-2]
+        prior = self._covariance.project(jacobian, self._world.reduce).outputs
+        found = spread(prior, pending.directions, free)
         if not math.isfinite(found.total):
             return self._covariance, None  # the batch is skipped, and the next one sets the scale
         if found.total <= 0:

@@ -43,24 +43,27 @@ class Spread:
     mean: Tensor | None
 
 
-def spread(outputs: Tensor, directions: Tensor) -> Spread:
+def spread(outputs: Tensor, directions: Tensor, free: int | None = None) -> Spread:
     """Divide K among rows and their mean.
 
     Args:
         outputs: K = J P Jᵀ, (N, N) float64, N = B·m.
         directions: D, (m, C), or (B, m, C) for each row its own: the combinations of the outputs that J has rows for.
             They are undone, so that neither the reference class nor the basis matters.
+        free: how many of them to look at: those, from the first on, that owe nothing to the labels. None: all.
     """
     count = directions.shape[-2]
+    free = count if free is None else free
     rows = len(outputs) // count
-    each = directions.to(outputs).expand(rows, -1, -1)
-    lift = torch.linalg.pinv(each)  # (B, C, m)
-    total = float(lifted_blocks(outputs, lift).diagonal(dim1=-2, dim2=-1).sum(-1).mean()) / count
+    each = directions[..., :free, :].to(outputs).expand(rows, -1, -1)
+    lift = torch.zeros(rows, each.shape[-1], count, dtype=outputs.dtype, device=outputs.device)
+    lift[..., :free] = torch.linalg.pinv(each)  # (B, C, m)
+    total = float(lifted_blocks(outputs, lift).diagonal(dim1=-2, dim2=-1).sum(-1).mean()) / free
     if rows == 1:
         return Spread(total, total, None)
     pooled = torch.cat(list(lift), 1) / rows  # (C, N): the mean of the rows' logits
     mean = pooled.mT @ pooled
-    of_mean = float((mean * outputs).sum()) / count  # the mean varies by what is common and by a B-th of what is not
+    of_mean = float((mean * outputs).sum()) / free  # the mean varies by what is common and by a B-th of what is not
     return Spread(total, max(_LEAST * total, (total - of_mean) * rows / (rows - 1)), mean)
 
 

@@ -14,6 +14,7 @@ prediction at the mean, is one of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,13 +78,34 @@ def knows(model: ObservationModel) -> bool:
     return isinstance(model, Categorical | Bernoulli)
 
 
-def expected(model: ObservationModel, outputs: Tensor, covariance: Tensor) -> Tensor:
-    """The label expected under each share, (S, B, C), for outputs (B, C) and their covariance (B, C, C)."""
+def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance: Tensor) -> Tensor:
+    """The label expected under each share, (S, B, C) float64.
+
+    Args:
+        model: categorical or bernoulli.
+        outputs: (B, C).
+        lift: what carries the observed directions to the outputs, (C, m) or (B, C, m). Other outputs count as certain.
+        covariance: of the observed directions, K of each row, (B, m, m).
+    """
     if isinstance(model, Categorical):
-        return expected_softmaxes(outputs, covariance, SHARES)
-    shares = covariance.new_tensor(SHARES)[:, None, None]
-    variance = shares * covariance.diagonal(dim1=-2, dim2=-1)
+        return _expected_classes(outputs.double(), lift.expand(len(outputs), -1, -1), covariance)
+    variance = ((lift @ covariance) * lift).sum(-1) * covariance.new_tensor(SHARES)[:, None, None]
     return expected_sigmoid(outputs.expand_as(variance), variance)
+
+
+def _expected_classes(outputs: Tensor, lift: Tensor, covariance: Tensor) -> Tensor:
+    """Of m directions only m + 1 classes, the most probable ones, are uncertain: the others go together as one."""
+    count = lift.shape[-1] + 1
+    if count >= outputs.shape[1]:
+        return expected_softmaxes(outputs, lift @ covariance @ lift.mT, SHARES)
+    chosen = outputs.topk(count, dim=1).indices
+    others = outputs.scatter(1, chosen, -math.inf)
+    share = others.softmax(1)  # of each in the probability of the others
+    lumped = torch.cat([outputs.gather(1, chosen), others.logsumexp(1, keepdim=True)], 1)
+    rows = chosen[..., None].expand(-1, -1, lift.shape[-1])
+    lift = torch.cat([lift.gather(1, rows), share[:, None, :] @ lift], 1)
+    each = expected_softmaxes(lumped, lift @ covariance @ lift.mT, SHARES)
+    return (each[..., -1:] * share).scatter(2, chosen.expand(len(each), -1, -1), each[..., :-1])
 
 
 def outputs_of(model: ObservationModel, mean: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from loko import LoKO
-from loko.observation import OBSERVATIONS, Bernoulli, Categorical, linearize, narrow
+from loko.observation import OBSERVATIONS, Bernoulli, Categorical, linearize, narrow, outputs_needed
 
 CLASSES = 6
 
@@ -38,7 +38,11 @@ def test_what_is_left_out_stays_within_the_bound(seed: int, tolerance: float, we
     outputs, labels, P = case(seed)
     noise = model.initial_noise(CLASSES, None)
     exact = linearize(model, outputs, labels, weight)
-    narrowed, directions = narrow(model, outputs, labels, weight, tolerance=tolerance, limit=None, noise=noise)
+    free = outputs_needed(model, outputs, tolerance)
+    narrowed, directions, first = narrow(
+        model, outputs, labels, weight, free=free, tolerance=tolerance, limit=None, noise=noise
+    )
+    assert first == free <= directions.shape[1]
     torch.testing.assert_close(narrowed.residual, exact.residual)
     contrast = model.contrast(CLASSES)
     point = torch.lerp(model.full_mean(outputs), model.full_target(labels, CLASSES), weight)
@@ -47,19 +51,24 @@ def test_what_is_left_out_stays_within_the_bound(seed: int, tolerance: float, we
         S = dense_output_covariance(exact.link[row], contrast, P)
         S_narrowed = dense_output_covariance(narrowed.link[row], directions[row], P)
         v = float((centred[row] @ P @ centred[row].mT).diagonal().max())
-        bound = 4 * tolerance * v**0.5 * float(torch.linalg.matrix_norm(S, 2)) ** 0.5 + 4 * tolerance**2 * v
+        largest = float(model.full_mean(outputs)[row].max())
+        left = tolerance * (1 + weight * (1 - largest) / largest)
+        bound = 4 * left * v**0.5 * float(torch.linalg.matrix_norm(S, 2)) ** 0.5 + 4 * left**2 * v
         assert float(torch.linalg.matrix_norm(S - S_narrowed, 2)) <= bound
 
 
 @given(seed=st.integers(0, 10_000), limit=st.integers(1, 3), observation=st.sampled_from(["categorical", "bernoulli"]))
-def test_the_first_of_too_few_directions_carries_the_whole_gradient(seed: int, limit: int, observation: str) -> None:
+def test_one_of_too_few_directions_carries_the_whole_gradient(seed: int, limit: int, observation: str) -> None:
     model = OBSERVATIONS[observation]()
     outputs, classes, _ = case(seed, spread=1.0)
     labels = classes if observation == "categorical" else (outputs.sign() > 0).double()
     noise = model.initial_noise(CLASSES, None)
     exact = linearize(model, outputs, labels, 0.25)
-    narrowed, directions = narrow(model, outputs, labels, 0.25, tolerance=0.0, limit=limit, noise=noise)
+    narrowed, directions, first = narrow(
+        model, outputs, labels, 0.25, free=len(model.contrast(CLASSES)), tolerance=0.0, limit=limit, noise=noise
+    )
     assert directions.shape == (4, limit, CLASSES)
+    assert first == limit - 1
     contrast = model.contrast(CLASSES)
     whitened = torch.linalg.solve(noise, exact.residual.mT).mT[..., None]
     want = (exact.link @ contrast).mT @ whitened  # Hᵀ R⁻¹ e before Jᵀ, (B, C, 1)
@@ -100,10 +109,30 @@ def test_fewer_directions_mean_fewer_backward_passes() -> None:
     outputs[:, 0] = 9.0
     labels = torch.tensor([0, 0])
     noise = Categorical().initial_noise(CLASSES, None)
-    _, directions = narrow(Categorical(), outputs, labels, 0.0, tolerance=0.01, limit=None, noise=noise)
-    assert directions.shape[1] == 1
-    _, directions = narrow(Bernoulli(), outputs, outputs, 0.0, tolerance=0.0, limit=None, noise=torch.eye(6).double())
-    assert directions.shape[1] == CLASSES
+    found = narrow(Categorical(), outputs, labels, 0.0, free=1, tolerance=0.01, limit=None, noise=noise)
+    assert found[1].shape[1] == outputs_needed(Categorical(), outputs, 0.01) == 1
+    assert outputs_needed(Bernoulli(), outputs, 0.0) == CLASSES
+
+
+@given(seed=st.integers(0, 10_000), tolerance=st.sampled_from([0.01, 0.05, 0.2]), limit=st.sampled_from([None, 2]))
+def test_the_first_directions_owe_nothing_to_the_labels(seed: int, tolerance: float, limit: int | None) -> None:
+    """Whatever the labels, they are the same; and a label without probability has one of its own."""
+    model = Categorical()
+    outputs, labels, _ = case(seed)
+    free = outputs_needed(model, outputs, tolerance)
+    noise = model.initial_noise(CLASSES, None)
+    found = [
+        narrow(model, outputs, y, 0.25, free=free, tolerance=tolerance, limit=limit, noise=noise)
+        for y in (labels, (labels + 1) % CLASSES, outputs.argmin(1))
+    ]
+    common = min(first for _, _, first in found)
+    for _, directions, _ in found:
+        torch.testing.assert_close(directions[:, :common].abs(), found[0][1][:, :common].abs())  # up to their sign
+    if limit is None:
+        _, directions, _ = found[2]
+        least = nn.functional.one_hot(outputs.argmin(1), CLASSES) - model.full_mean(outputs)
+        within = (directions.mT @ directions @ least[..., None])[..., 0]
+        torch.testing.assert_close(within, least)
 
 
 @pytest.mark.parametrize(

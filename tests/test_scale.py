@@ -95,7 +95,9 @@ def test_the_hypergradient_is_that_of_the_mean_negative_log_likelihood(narrowed:
     observed, directions = linearize(model, outputs, labels, 0.25), model.contrast(OUTPUTS)
     if narrowed:  # τ so small that every direction stays, in a basis of each row's own
         noise = model.initial_noise(OUTPUTS, None)
-        observed, directions = narrow(model, outputs, labels, 0.25, tolerance=1e-300, limit=None, noise=noise)
+        observed, directions, _ = narrow(
+            model, outputs, labels, 0.25, free=OUTPUTS - 1, tolerance=1e-300, limit=None, noise=noise
+        )
     jacobian = (directions @ weights).reshape(-1, COUNT)
     prior = covariance("diagonal").project(jacobian)
     innovation = innovate(prior.outputs, observed, model.initial_noise(OUTPUTS, None))

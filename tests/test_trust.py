@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loko import LoKO
 from loko.observation import OBSERVATIONS
 from loko.prediction import expected_sigmoid, expected_softmax
-from loko.trust import SHARES, Trust
+from loko.trust import SHARES, Trust, expected
 from tests.test_filter import Tiny, close, rows
 
 PLAIN: dict[str, Any] = {"initial_covariance": 2.0, "scale_adaptation": 0.0}
@@ -53,8 +53,13 @@ def test_a_step_returns_the_mixture_over_shares_of_p(observation: str, outputs: 
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), tolerance=st.sampled_from([0.0, 0.05, 0.2, 0.5]), sharp=st.floats(0.5, 6.0))
-def test_a_prediction_knows_nothing_of_its_labels(seed: int, tolerance: float, sharp: float) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    tolerance=st.sampled_from([0.0, 0.05, 0.2, 0.5]),
+    limit=st.sampled_from([None, 1, 2]),
+    sharp=st.floats(0.5, 6.0),
+)
+def test_a_prediction_knows_nothing_of_its_labels(seed: int, tolerance: float, limit: int | None, sharp: float) -> None:
     """Whatever the labels are, and so whichever outputs the update observes, the prediction is the same."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.Linear(3, 5).double()
@@ -63,16 +68,39 @@ def test_a_prediction_knows_nothing_of_its_labels(seed: int, tolerance: float, s
             parameter.copy_(sharp * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
     y = torch.randint(5, (8,), generator=generator)
-    optimizer = LoKO(model, output_tolerance=tolerance)
-    optimizer.step(lambda: (model(x[:4]), y[:4]))
-    found = []
-    for labels in (y[4:], (y[4:] + 1) % 5, torch.randint(5, (4,), generator=generator)):
-        twin = copy.deepcopy(model)
-        other = LoKO(twin, output_tolerance=tolerance)
-        other.load_state_dict(optimizer.state_dict())
-        found.append(other.step(lambda twin=twin, labels=labels: (twin(x[4:]), labels)))
-    close(found[1].softmax(-1), found[0].softmax(-1), 1e-9)
-    close(found[2].softmax(-1), found[0].softmax(-1), 1e-9)
+    optimizer = LoKO(model, output_tolerance=tolerance, max_outputs=limit)
+    for seen in (x[:4], x[4:]):  # also of the first batch, which sets p₀
+        found = []
+        for labels in (y[4:], (y[4:] + 1) % 5, torch.randint(5, (4,), generator=generator)):
+            twin = copy.deepcopy(model)
+            other = LoKO(twin, output_tolerance=tolerance, max_outputs=limit)
+            other.load_state_dict(optimizer.state_dict())
+            found.append(other.step(lambda twin=twin, seen=seen, labels=labels: (twin(seen), labels)))
+        close(found[1].softmax(-1), found[0].softmax(-1), 1e-9)
+        close(found[2].softmax(-1), found[0].softmax(-1), 1e-9)
+        optimizer.step(lambda: (model(x[:4]), y[:4]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 4))
+def test_classes_that_are_left_out_go_together(seed: int, count: int) -> None:
+    """Against all classes under the same covariance, for left-out classes with probabilities that do not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    order = outputs.argsort(1, descending=True)
+    outputs = outputs.scatter_add(1, order[:, count + 1 :], torch.full((3, 6), -12.0).double())
+    model = OBSERVATIONS["categorical"]()
+    seeds = model.seeds(model.full_mean(outputs), order[:, 1 : count + 1])
+    lift = torch.linalg.qr(seeds).Q
+    half = torch.randn(3, count, count, generator=generator, dtype=torch.float64)
+    covariance = half @ half.mT
+    found = expected(model, outputs, lift, covariance)
+    close(found.sum(-1), torch.ones(len(SHARES), 3).double(), 1e-9)
+    whole = expected_by_hand(outputs, lift @ covariance @ lift.mT, "categorical")
+    assert float((found - whole).abs().max()) < 0.01  # other points of the same normal distribution
+    left_out = found.gather(2, order[:, count + 1 :].expand(len(SHARES), -1, -1))
+    plain = outputs.gather(1, order[:, count + 1 :]).softmax(-1)
+    close(left_out / left_out.sum(-1, keepdim=True), plain.expand(len(SHARES), -1, -1), 1e-9)
 
 
 def test_no_share_costs_more_than_the_logarithm_of_their_number() -> None:
