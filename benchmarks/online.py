@@ -59,19 +59,13 @@ def _gradient(name: str, low: float, high: float, first: float, options: Plain |
     }
 
 
-_P0, _V, _BETA, _MU = (
-    f"optimizer.{key}" for key in ("initial_covariance", "prior_variance", "noise_decay", "scale_adaptation")
-)
+_P0, _V, _BETA = (f"optimizer.{key}" for key in ("initial_covariance", "prior_variance", "noise_decay"))
 CANDIDATES: dict[str, Plain] = {
     "loko-default": {"optimizer": {"name": "loko"}},
     "loko-tuned": {
         "optimizer": {"name": "loko"},
-        "space": {
-            _V: {"log_uniform": [1.0, 32.0]},
-            _BETA: {"uniform": [0.9, 0.995]},
-            _MU: {"log_uniform": [0.05, 0.5]},
-        },
-        "points": [{_V: 6.0, _BETA: 0.98, _MU: 0.2}],
+        "space": {_V: {"log_uniform": [1.5, 48.0]}, _BETA: {"uniform": [0.95, 0.995]}},
+        "points": [{_V: 6.0, _BETA: 0.98}],
     },
     "loko-paper": {
         "optimizer": {"name": "loko", **PAPER},
@@ -187,6 +181,15 @@ class Cells:
         anywhere = json.loads(json.dumps(asked).replace(str(ROOT), "").replace(str(SHARED), ""))
         return self.folder / stream.name / f"{name}-{order}-{_digest(anywhere)}.parquet"
 
+    def params(self, stream: Stream, name: str, orders: int) -> Plain | None:
+        """What the search found, as an order that is finished has it."""
+        for order in range(1, orders + 1):
+            path = self.path(stream, name, order)
+            if path.exists():
+                found: Plain = json.loads(pd.read_parquet(path, columns=["params"]).params.iloc[0])
+                return found
+        return None
+
     def write(self, path: Path, stream: Stream, name: str, order: int, params: Plain, reports: list[Plain]) -> None:
         """One row a rung; machine, versions, date and commit as metadata of the file and the commit as a column."""
         table = pd.DataFrame(reports).assign(
@@ -216,7 +219,9 @@ def measure(chosen: Sequence[Stream], names: Sequence[str], orders: int, cells: 
             if not todo:
                 continue
             cluster.connect()
-            params = searched(stream, name, cells.settings)
+            params = cells.params(stream, name, orders)
+            if params is None:
+                params = searched(stream, name, cells.settings)
             plains = [
                 {
                     **stream.experiment(stream.part(False, cells.settings.rows, order)),
@@ -255,7 +260,7 @@ def main(
     json_: Annotated[Path | None, typer.Option("--json", help="write goals and table here")] = None,
     full: Annotated[bool, typer.Option(help="the paper's scale: hub models, more rows; for a GPU")] = False,
     trials: Annotated[int | None, typer.Option(help="Optuna trials an optimizer; 8, full: 30")] = None,
-    orders: Annotated[int | None, typer.Option(help="orders of the rows; 3, full: 5")] = None,
+    orders: Annotated[int, typer.Option(help="orders of the rows")] = 4,
     rows: Annotated[int | None, typer.Option(help="most rows of a search and of a comparison")] = None,
     streams_: Annotated[str, typer.Option("--streams", help="comma-separated; default: all")] = "",
     optimizers: Annotated[str, typer.Option(help="comma-separated; default: all")] = "",
@@ -271,7 +276,6 @@ def main(
     known = {stream.name: stream for stream in streams(full)}
     names = names_of(optimizers, list(CANDIDATES), "optimizer")
     asked = names_of(streams_, list(known), "stream")
-    orders = orders or (5 if full else 3)
     cells = Cells(Settings(trials or (30 if full else 8), rows, full))
     if measure_:
         make_data(asked)
