@@ -449,11 +449,12 @@ class LoKO(torch.optim.Optimizer):
 
         Args:
             closure: runs the model and returns its outputs (B, C), such as ``lambda: model(**inputs).logits``.
-            calibrated: scale what P says by the innovations seen: where they are c times what S says, c the running
-                mean of eᵀS⁻¹e / N, the covariance that agrees with them is c times as large (the a posteriori variance
-                factor of adjustment theory). ``ema`` noise keeps c below one, on MNIST below 0.03. False takes P as
-                it is, which is exact for a linear model whose noise is known. The mixture that ``step`` predicts with
-                is not used here: where batches leave outputs out it was learned long ago (docs/uncertainty.md).
+            calibrated: allow for P as far as the stream so far bears out. ``mean`` is then the mixture that ``step``
+                predicts with (with ``prediction="plug_in"`` and ``gaussian`` observations: the expectation under
+                c P), and ``factor`` is c, the running mean of eᵀS⁻¹e / N: where innovations are c times what S says,
+                the covariance that agrees with them is c times as large (the a posteriori variance factor of
+                adjustment theory). ``ema`` noise keeps c below one, on MNIST below 0.03. False takes P as it is, which
+                is exact for a linear model whose noise is known.
 
         Raises:
             RuntimeError: ``initial_covariance="auto"`` and no step yet: P has no scale before the first batch.
@@ -478,8 +479,12 @@ class LoKO(torch.optim.Optimizer):
         own = self._world.own_rows(share.counts)
         lift = torch.linalg.pinv(contrast)  # from observed combinations back to the outputs, centred where they are
         covariance = lifted_blocks(spread, lift)[own]
+        calibrated = calibrated and self._counters.steps > 0
+        factor = self._counters.consistency if calibrated else 1.0
+        if calibrated and self._trust is not None:
+            mean = self._trust.mix(expected(self._observation, seen, lift, diagonal_blocks(spread, len(contrast))[own]))
+            return Prediction(seen, covariance, factor, mean, self._observation.link(mean))
         noise = self._noise_state if self._noise.on_outputs else None
-        factor = self._counters.consistency if calibrated and self._counters.steps > 0 else 1.0
         found = self._observation.expect(seen, factor * covariance, None if noise is None else factor * noise)
         return Prediction(seen, covariance, factor, *found)
 
@@ -731,11 +736,11 @@ class LoKO(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """State of the filter in numbers, for logs: traces of P and R, consistency, counters. A collective call.
 
-        ``scale`` is the product of all factors that ``scale_adaptation`` has put on P, ``trust`` the share of P that
-        predictions allow for. ``consistency`` is the running
-        mean of the normalised innovation squared, eᵀS⁻¹e / N: about one when the filter is consistent, below where R is
-        estimated too large (``ema`` counts H P Hᵀ twice). ``surprise`` is that of the last few steps over it: an alarm
-        for drift.
+        ``scale`` is the product of all factors that ``scale_adaptation`` has put on P. ``trust`` is the share of P that
+        predictions allow for, and ``confidence`` the factor on the outputs that they have instead: it falls below one
+        after a drift. ``consistency`` is the running mean of the normalised innovation squared, eᵀS⁻¹e / N: about one
+        when the filter is consistent, below where R is estimated too large (``ema`` counts H P Hᵀ twice). ``surprise``
+        is that of the last few steps over it: an alarm for drift.
         """
         marginal = self._covariance.marginal(self._world.reduce)
         result = {
@@ -757,7 +762,7 @@ class LoKO(torch.optim.Optimizer):
         if self._scale is not None:
             result["scale"] = math.exp(self._scale.log)
         if self._trust is not None:
-            result["trust"] = self._trust.share
+            result |= {"trust": self._trust.share, "confidence": self._trust.confidence}
         if self._counters.steps > 0:
             counters = self._counters
             result |= {"consistency": counters.consistency, "surprise": counters.surprise, "gain": counters.gain}
@@ -783,7 +788,7 @@ class LoKO(torch.optim.Optimizer):
             "noise": None if self._noise_state is None else self._noise_state.clone(),
             "counters": {f.name: getattr(self._counters, f.name) for f in fields(_Counters)},
             "scale": None if self._scale is None else self._scale_state(self._scale),
-            "trust": None if self._trust is None else self._trust.evidence.clone(),
+            "trust": None if self._trust is None else self._trust.weights.clone(),
         }
         return state
 
@@ -841,6 +846,8 @@ class LoKO(torch.optim.Optimizer):
                 f"this state was saved with prediction = {theirs!r} and LoKO was built with {ours!r}; build it with "
                 "the settings the state was saved with"
             )
+        if trust is not None and self._trust is not None and trust.shape != self._trust.weights.shape:
+            raise ValueError("this state was saved by another version of loko, which mixed predictions in another way")
         noise = loaded["noise"]
         tensors = [*given.values(), *(one for one in (noise, trust) if one is not None)]
         tensors += [] if scale is None else [scale["trace"]]

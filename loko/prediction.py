@@ -24,10 +24,9 @@ class Prediction:
         covariance: of the outputs, J P Jᵀ of each row, (B, C, C) float64. ``categorical`` outputs count as centred
             (their mean over the classes taken off), because softmax sees no more of them.
         factor: what that covariance and R have to be multiplied by to agree with the innovations seen.
-        mean: expected label, (B, C) float64: probabilities that allow for ``factor · covariance``, or the outputs
+        mean: expected label, (B, C) float64: probabilities that allow for what is uncertain, or the outputs
             (``gaussian``).
-        label_covariance: of the label around ``mean``, (B, C, C) float64: what ``factor · covariance`` and the noise of
-            the observation add up to.
+        label_covariance: of the label around ``mean``, (B, C, C) float64.
     """
 
     outputs: Tensor

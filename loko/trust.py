@@ -1,15 +1,19 @@
-"""How much of P predictions allow for, learned from how well each share of it foretold the labels.
+"""How sure predictions are, learned from how well each degree of it foretold the labels.
 
 Where P is right, the probabilities to predict with are those expected under it, E[π(z)] for z ~ N(f(θ), J P Jᵀ): early
 in a stream P is wide, and softmax at the mean claims more than is known. But P is a tool for learning first: ``ema``
-noise and the scale (``loko.scale``) make it wider than that by factors from one to thousands. So the prediction is a
-mixture over shares c of P,
+noise and the scale (``loko.scale``) make it wider than that by factors from one to thousands. And after a drift the
+model is wrong in a way that P has no room for: what it then is most certain of, it should say with less confidence. So
+the prediction is a mixture of experts k, which allow for shares c of P or have another confidence a,
 
-    p(y) = Σ_c w_c E[π(z)],  z ~ N(f(θ), c J P Jᵀ),        w_c ∝ Π p_c(y of a batch) ^ (ρ ^ age of the batch)
+    p(y) = Σ_k w_k p_k(y),      p_k = E[π(z)], z ~ N(f(θ), c J P Jᵀ),   or   p_k = π(a f(θ))
 
-which is Bayesian model averaging with forgetting (Raftery, Kárný and Ettler 2010, Technometrics 52). One row a batch,
-and without forgetting, its log loss is within log 6 of that of the best share, over the whole stream; and c = 0, the
-prediction at the mean, is one of them.
+    w ∝ w^ρ p_k(y of the batch),   then   w ← (1 − α) w + α / number of experts
+
+which is Bayesian model averaging with forgetting (Raftery, Kárný and Ettler 2010, Technometrics 52), and a share α for
+all, as for experts that take turns (Herbster and Warmuth 1998, Machine Learning 32): an expert that was the worst for
+long is back within a few rows. For ρ = 1, a row a batch, and experts that change k times in T batches, the log loss is
+within (k + 1) log(12 / α) + T log(1 / (1 − α)) of theirs. The prediction at the mean, c = 0 and a = 1, is one of them.
 """
 
 from __future__ import annotations
@@ -23,16 +27,19 @@ from torch import Tensor
 from loko.observation import Bernoulli, Categorical, ObservationModel
 from loko.prediction import expected_sigmoid, expected_softmaxes
 
-__all__ = ["SHARES", "Trust", "expected", "knows", "outputs_of"]
+__all__ = ["CONFIDENCES", "SHARES", "Trust", "expected", "knows", "outputs_of"]
 
 SHARES = (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
 """c: the shares of P that are mixed."""
 
-_MEMORY = 0.95
-"""ρ, a batch."""
+CONFIDENCES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 5 / 4, 3 / 2)
+"""a: the factors on the outputs that are mixed."""
+
+_MEMORY, _TURN = 0.95, 0.01
+"""ρ and α, a batch."""
 
 _LEAST = 1e-12
-"""Smallest probability: no share may be ruled out by one row."""
+"""Smallest probability: no expert may be ruled out by one row."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +47,40 @@ class Trust:
     """A value: a step that is thrown away leaves nothing behind.
 
     Attributes:
-        evidence: discounted log-likelihood of the labels so far under each share, (S,) float64.
+        weights: w, (K,) float64, first of ``SHARES``, then of ``CONFIDENCES``.
     """
 
-    evidence: Tensor
+    weights: Tensor
 
     @classmethod
     def start(cls, device: torch.device) -> Trust:
-        """All shares alike."""
-        return cls(torch.zeros(len(SHARES), dtype=torch.float64, device=device))
-
-    @property
-    def weights(self) -> Tensor:
-        """w, (S,)."""
-        return self.evidence.softmax(0)
+        """All experts alike."""
+        count = len(SHARES) + len(CONFIDENCES)
+        return cls(torch.full((count,), 1 / count, dtype=torch.float64, device=device))
 
     @property
     def share(self) -> float:
-        """The mean share of P that is believed."""
-        return float(self.weights @ self.weights.new_tensor(SHARES))
+        """The mean share of P that is allowed for."""
+        return float(self.weights[: len(SHARES)] @ self.weights.new_tensor(SHARES))
+
+    @property
+    def confidence(self) -> float:
+        """The mean factor on the outputs: below one after a drift."""
+        of_shares = float(self.weights[: len(SHARES)].sum())
+        return of_shares + float(self.weights[len(SHARES) :] @ self.weights.new_tensor(CONFIDENCES))
 
     def mix(self, each: Tensor) -> Tensor:
-        """Expected label (B, C) from those under each share (S, B, C)."""
+        """Expected label (B, C) from those of each expert (K, B, C)."""
         return torch.tensordot(self.weights, each, 1)
 
     def learned(self, each: Tensor, model: ObservationModel, labels: Tensor) -> Trust:
-        """After a batch whose labels were expected to be ``each`` (S, B, C)."""
+        """After a batch whose labels were expected to be ``each`` (K, B, C)."""
         target = model.full_target(labels, each.shape[-1]).to(each)
         likely = target * each.clamp_min(_LEAST).log()
         if isinstance(model, Bernoulli):
             likely = likely + (1 - target) * (1 - each).clamp_min(_LEAST).log()
-        return Trust(_MEMORY * self.evidence + likely.sum((1, 2)))
+        weights = (_MEMORY * self.weights.log() + likely.sum((1, 2))).softmax(0)
+        return Trust((1 - _TURN) * weights + _TURN / len(weights))
 
 
 def knows(model: ObservationModel) -> bool:
@@ -79,7 +89,7 @@ def knows(model: ObservationModel) -> bool:
 
 
 def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance: Tensor) -> Tensor:
-    """The label expected under each share, (S, B, C) float64.
+    """The label that each expert expects, (K, B, C) float64.
 
     Args:
         model: categorical or bernoulli.
@@ -88,9 +98,11 @@ def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance:
         covariance: of the observed directions, K of each row, (B, m, m).
     """
     if isinstance(model, Categorical):
-        return _expected_classes(outputs.double(), lift.expand(len(outputs), -1, -1), covariance)
-    variance = ((lift @ covariance) * lift).sum(-1) * covariance.new_tensor(SHARES)[:, None, None]
-    return expected_sigmoid(outputs.expand_as(variance), variance)
+        of_shares = _expected_classes(outputs.double(), lift.expand(len(outputs), -1, -1), covariance)
+    else:
+        variance = ((lift @ covariance) * lift).sum(-1) * covariance.new_tensor(SHARES)[:, None, None]
+        of_shares = expected_sigmoid(outputs.expand_as(variance), variance)
+    return torch.cat([of_shares, torch.stack([model.full_mean(factor * outputs) for factor in CONFIDENCES])])
 
 
 def _expected_classes(outputs: Tensor, lift: Tensor, covariance: Tensor) -> Tensor:

@@ -15,31 +15,35 @@ from torch import Tensor, nn
 from loko import LoKO
 from loko.observation import OBSERVATIONS
 from loko.prediction import expected_sigmoid, expected_softmax
-from loko.trust import SHARES, Trust, expected
+from loko.trust import CONFIDENCES, SHARES, Trust, expected
 from tests.test_filter import Tiny, close, rows
+
+EXPERTS = len(SHARES) + len(CONFIDENCES)
 
 PLAIN: dict[str, Any] = {"initial_covariance": 2.0, "scale_adaptation": 0.0}
 """With these P is before a step what it was after the last."""
 
 
 def expected_by_hand(outputs: Tensor, covariance: Tensor, observation: str) -> Tensor:
-    """(S, B, C), share by share."""
+    """(K, B, C), expert by expert."""
     if observation == "categorical":
-        return torch.stack([expected_softmax(outputs, c * covariance) for c in SHARES])
+        shares = [expected_softmax(outputs, c * covariance) for c in SHARES]
+        return torch.stack([*shares, *((a * outputs).softmax(-1) for a in CONFIDENCES)])
     variance = covariance.diagonal(dim1=1, dim2=2)
-    return torch.stack([expected_sigmoid(outputs, c * variance) for c in SHARES])
+    shares = [expected_sigmoid(outputs, c * variance) for c in SHARES]
+    return torch.stack([*shares, *((a * outputs).sigmoid() for a in CONFIDENCES)])
 
 
 @pytest.mark.parametrize(("observation", "outputs"), [("categorical", 2), ("categorical", 4), ("bernoulli", 3)])
-def test_a_step_returns_the_mixture_over_shares_of_p(observation: str, outputs: int) -> None:
+def test_a_step_returns_the_mixture_of_the_experts(observation: str, outputs: int) -> None:
     model = Tiny(outputs)
     optimizer = LoKO(model, observation=observation, output_tolerance=0.0, **PLAIN)
-    evidence = torch.zeros(len(SHARES), dtype=torch.float64)
+    weights = torch.full((EXPERTS,), 1 / EXPERTS, dtype=torch.float64)
     x, y = rows(observation, outputs, 20)
     for i in range(0, 20, 4):
         before = optimizer.predict(lambda i=i: model(x[i : i + 4]))
         each = expected_by_hand(before.outputs, before.covariance, observation)
-        wanted = torch.tensordot(evidence.exp() / evidence.exp().sum(), each, 1)
+        wanted = torch.tensordot(weights, each, 1)
         found = optimizer.step(lambda i=i: (model(x[i : i + 4]), y[i : i + 4]))
         close(found.softmax(-1) if observation == "categorical" else found.sigmoid(), wanted, 1e-9)
         labels = y[i : i + 4]
@@ -47,9 +51,12 @@ def test_a_step_returns_the_mixture_over_shares_of_p(observation: str, outputs: 
         chance = torch.where(one_hot.bool(), each, 1 - each)
         if observation == "categorical":
             chance = chance[:, one_hot.bool()]
-        evidence = 0.95 * evidence + chance.log().flatten(1).sum(1)
-    weights = evidence.softmax(0)
-    assert optimizer.diagnostics()["trust"] == pytest.approx(float(weights @ torch.tensor(SHARES).double()))
+        weights = weights**0.95 * chance.flatten(1).prod(1)
+        weights = 0.99 * weights / weights.sum() + 0.01 / EXPERTS
+    found = optimizer.diagnostics()
+    assert found["trust"] == pytest.approx(float(weights[: len(SHARES)] @ torch.tensor(SHARES).double()))
+    factors = torch.tensor((1.0,) * len(SHARES) + CONFIDENCES).double()
+    assert found["confidence"] == pytest.approx(float(weights @ factors))
 
 
 @settings(max_examples=30, deadline=None)
@@ -95,24 +102,41 @@ def test_classes_that_are_left_out_go_together(seed: int, count: int) -> None:
     half = torch.randn(3, count, count, generator=generator, dtype=torch.float64)
     covariance = half @ half.mT
     found = expected(model, outputs, lift, covariance)
-    close(found.sum(-1), torch.ones(len(SHARES), 3).double(), 1e-9)
+    close(found.sum(-1), torch.ones(EXPERTS, 3).double(), 1e-9)
     whole = expected_by_hand(outputs, lift @ covariance @ lift.mT, "categorical")
     assert float((found - whole).abs().max()) < 0.01  # other points of the same normal distribution
-    left_out = found.gather(2, order[:, count + 1 :].expand(len(SHARES), -1, -1))
+    left_out = found[: len(SHARES)].gather(2, order[:, count + 1 :].expand(len(SHARES), -1, -1))
     plain = outputs.gather(1, order[:, count + 1 :]).softmax(-1)
     close(left_out / left_out.sum(-1, keepdim=True), plain.expand(len(SHARES), -1, -1), 1e-9)
 
 
-def test_no_share_costs_more_than_the_logarithm_of_their_number() -> None:
+def test_the_mixture_is_never_far_behind_experts_that_take_turns() -> None:
+    """Within log K of the best in the first batch, and within log(K / α) of it ever, also when the best has changed."""
     generator = torch.Generator().manual_seed(0)
-    each = torch.randn(len(SHARES), 6, 3, generator=generator, dtype=torch.float64).softmax(-1)
-    labels = torch.randint(3, (6,), generator=generator)
+    model, labels = OBSERVATIONS["categorical"](), torch.zeros(1, dtype=torch.long)
     trust = Trust.start(torch.device("cpu"))
-    chosen = each[:, torch.arange(6), labels].log().sum(1)
-    assert float(trust.learned(each, OBSERVATIONS["categorical"](), labels).evidence.sub(chosen).abs().max()) < 1e-12
-    # Of one batch: log Σ_c w_c p_c is what the mixture gives its labels together.
-    together = float((trust.weights.log() + chosen).logsumexp(0))
-    assert together >= float(chosen.max()) - math.log(len(SHARES))
+    for step in range(200):
+        each = torch.randn(EXPERTS, 1, 3, generator=generator, dtype=torch.float64).softmax(-1)
+        each[3 if step < 150 else 7] = torch.tensor([0.999, 0.0005, 0.0005]).double()
+        lost = float(each[:, 0, 0].max().log() - trust.mix(each)[0, 0].log())
+        assert lost <= math.log(EXPERTS / (1.0 if step == 0 else 0.01))
+        trust = trust.learned(each, model, labels)
+        if step in (149, 199):
+            assert int(trust.weights.argmax()) == (3 if step == 149 else 7)
+
+
+def test_confidence_falls_where_the_model_is_certain_and_wrong_and_comes_back() -> None:
+    model, outputs = OBSERVATIONS["categorical"](), torch.tensor([[9.0, 0.0, 0.0]] * 4).double()
+    each = expected_by_hand(outputs, 1e-6 * torch.eye(3).double().expand(4, -1, -1), "categorical")
+    trust, right, wrong = Trust.start(torch.device("cpu")), torch.tensor([0, 0, 0, 0]), torch.tensor([1, 2, 1, 2])
+    found = []
+    for labels in (right, wrong, right):
+        for _ in range(3 if labels is wrong else 40):
+            trust = trust.learned(each, model, labels)
+        found.append(trust.confidence)
+    assert found[0] > 0.9
+    assert found[1] < 0.2
+    assert found[2] > 0.9
 
 
 def test_where_p_is_right_it_is_trusted_and_where_it_is_wrong_it_is_not() -> None:
@@ -120,16 +144,17 @@ def test_where_p_is_right_it_is_trusted_and_where_it_is_wrong_it_is_not() -> Non
     found = []
     for spread in (1.0, 0.01):
         generator = torch.Generator().manual_seed(1)
-        trust = Trust.start(torch.device("cpu"))
-        for _ in range(60):
+        trust, shares = Trust.start(torch.device("cpu")), []
+        for _ in range(200):
             mean = torch.randn(4, 2, generator=generator, dtype=torch.float64)
             noise = 2.0 * math.sqrt(spread) * torch.randn(4, 2, generator=generator, dtype=torch.float64)
             labels = torch.distributions.Categorical(logits=mean + noise).probs.multinomial(1, generator=generator)
             covariance = 4.0 * torch.eye(2, dtype=torch.float64).expand(4, -1, -1)
             each = expected_by_hand(mean, covariance, "categorical")
             trust = trust.learned(each, OBSERVATIONS["categorical"](), labels[:, 0])
-        found.append(trust.share)
-    assert found[0] > 0.5
+            shares.append(trust.share / float(trust.weights[: len(SHARES)].sum()))
+        found.append(sum(shares[20:]) / 180)
+    assert found[0] > 0.4
     assert found[1] < 0.2
 
 
