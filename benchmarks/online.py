@@ -5,8 +5,9 @@
     python -m benchmarks.online --full             # whole streams and models from the hub, for a GPU
 
 Every optimizer gets the same number of Optuna trials, the same pruner, rows and seeds, and searches its own space on
-the first rows of a stream through ``ray_jobs.tune``; ``loko-default``, ``loko-diagonal`` and ``loko-variational`` (the
-precision-matching diagonal) are not searched. The winner then learns the rows
+the first rows of a stream through ``ray_jobs.tune``; ``loko-default``, ``loko-plug-in`` (which learns the same, and is
+scored at the model's own outputs), ``loko-diagonal`` and ``loko-variational`` (the precision-matching diagonal) are not
+searched. The winner then learns the rows
 behind those, in several orders. What is compared is paired by order: means and 95 % intervals (Student's t). A stream
 whose data is not at hand is skipped by name. Each finished cell (stream, optimizer, order) is one Parquet file with
 machine, versions, date and commit in it; the table, the plot and the goal lines are made from those files alone.
@@ -59,14 +60,17 @@ def _gradient(name: str, low: float, high: float, first: float, options: Plain |
     }
 
 
-_P0, _V, _BETA = (f"optimizer.{key}" for key in ("initial_covariance", "prior_variance", "noise_decay"))
+_P0, _V, _HEAD, _BETA = (
+    f"optimizer.{key}" for key in ("initial_covariance", "prior_variance", "scales.head", "noise_decay")
+)
 CANDIDATES: dict[str, Plain] = {
     "loko-default": {"optimizer": {"name": "loko"}},
     "loko-tuned": {
         "optimizer": {"name": "loko"},
-        "space": {_V: {"log_uniform": [1.5, 48.0]}, _BETA: {"uniform": [0.95, 0.995]}},
-        "points": [{_V: 6.0, _BETA: 0.98}],
+        "space": {_V: {"log_uniform": [1.5, 48.0]}, _HEAD: {"log_uniform": [1 / 32, 4.0]}},
+        "points": [{_V: 6.0, _HEAD: 1.0}],
     },
+    "loko-plug-in": {"optimizer": {"name": "loko", "prediction": "plug_in"}},
     "loko-paper": {
         "optimizer": {"name": "loko", **PAPER},
         "space": {_P0: {"log_uniform": [1e-3, 30.0]}, _BETA: {"uniform": [0.8, 0.999]}},
