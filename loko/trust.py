@@ -101,7 +101,9 @@ def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance:
         of_shares = _expected_classes(outputs.double(), lift.expand(len(outputs), -1, -1), covariance)
     else:
         variance = ((lift @ covariance) * lift).sum(-1) * covariance.new_tensor(SHARES)[:, None, None]
-        of_shares = expected_sigmoid(outputs.expand_as(variance), variance)
+        uncertain = variance > 0  # of very many labels few are observed
+        each = outputs.double().expand_as(variance)
+        of_shares = each.sigmoid().masked_scatter(uncertain, expected_sigmoid(each[uncertain], variance[uncertain]))
     return torch.cat([of_shares, torch.stack([model.full_mean(factor * outputs) for factor in CONFIDENCES])])
 
 

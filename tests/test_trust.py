@@ -59,14 +59,17 @@ def test_a_step_returns_the_mixture_of_the_experts(observation: str, outputs: in
     assert found["confidence"] == pytest.approx(float(weights @ factors))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
+    observation=st.sampled_from(["categorical", "bernoulli"]),
     tolerance=st.sampled_from([0.0, 0.05, 0.2, 0.5]),
     limit=st.sampled_from([None, 1, 2]),
     sharp=st.floats(0.5, 6.0),
 )
-def test_a_prediction_knows_nothing_of_its_labels(seed: int, tolerance: float, limit: int | None, sharp: float) -> None:
+def test_a_prediction_knows_nothing_of_its_labels(
+    seed: int, observation: str, tolerance: float, limit: int | None, sharp: float
+) -> None:
     """Whatever the labels are, and so whichever outputs the update observes, the prediction is the same."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.Linear(3, 5).double()
@@ -74,18 +77,26 @@ def test_a_prediction_knows_nothing_of_its_labels(seed: int, tolerance: float, l
         for parameter in model.parameters():
             parameter.copy_(sharp * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
-    y = torch.randint(5, (8,), generator=generator)
-    optimizer = LoKO(model, output_tolerance=tolerance, max_outputs=limit)
+    classes = torch.randint(5, (8,), generator=generator)
+    given_settings: dict[str, Any] = {
+        "observation": observation, "output_tolerance": tolerance, "max_outputs": limit
+    }  # fmt: skip
+
+    def labels_of(chosen: Tensor) -> Tensor:
+        return chosen if observation == "categorical" else nn.functional.one_hot(chosen, 5).double()
+
+    optimizer = LoKO(model, **given_settings)
     for seen in (x[:4], x[4:]):  # also of the first batch, which sets p₀
         found = []
-        for labels in (y[4:], (y[4:] + 1) % 5, torch.randint(5, (4,), generator=generator)):
+        for chosen in (classes[4:], (classes[4:] + 1) % 5, torch.randint(5, (4,), generator=generator)):
             twin = copy.deepcopy(model)
-            other = LoKO(twin, output_tolerance=tolerance, max_outputs=limit)
+            other = LoKO(twin, **given_settings)
             other.load_state_dict(optimizer.state_dict())
-            found.append(other.step(lambda twin=twin, seen=seen, labels=labels: (twin(seen), labels)))
-        close(found[1].softmax(-1), found[0].softmax(-1), 1e-9)
-        close(found[2].softmax(-1), found[0].softmax(-1), 1e-9)
-        optimizer.step(lambda: (model(x[:4]), y[:4]))
+            predicted = other.step(lambda twin=twin, seen=seen, chosen=chosen: (twin(seen), labels_of(chosen)))
+            found.append(predicted.softmax(-1) if observation == "categorical" else predicted.sigmoid())
+        close(found[1], found[0], 1e-9)
+        close(found[2], found[0], 1e-9)
+        optimizer.step(lambda: (model(x[:4]), labels_of(classes[:4])))
 
 
 @settings(max_examples=30, deadline=None)
