@@ -589,9 +589,10 @@ class LoKO(torch.optim.Optimizer):
             return pending.outputs[pending.own]
         lift = torch.linalg.pinv(pending.known.to(prior))
         known = diagonal_blocks(prior, pending.directions.shape[-2])[:, : pending.free, : pending.free]
-        each = self._world.same(expected(self._observation, pending.outputs, lift, known))
+        each = expected(self._observation, pending.outputs, lift, known)
         mean = self._trust.mix(each)
-        self._trust = self._trust.learned(each, self._observation, pending.labels)
+        learned = self._trust.learned(each, self._observation, pending.labels)
+        self._trust = Trust(self._world.same(learned.weights))  # K numbers, where ``each`` is K for every label
         dtype = torch.promote_types(pending.outputs.dtype, torch.float32)
         return outputs_of(self._observation, mean)[pending.own].to(dtype)
 
