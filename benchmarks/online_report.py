@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -208,14 +209,17 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             curves = runs.pivot_table(index="rows", columns="order", values="nll").mul(runs.rows.unique(), axis=0)
             steps = np.diff(curves.index.to_numpy(), prepend=0)[:, None]
             local = (curves.diff().fillna(curves) / steps).mean(axis=1).rolling(5, min_periods=1).mean()
-            style = {"lw": 2.0} if is_filter(name) else {"lw": 1.1, "ls": "--"}
+            style: dict[str, Any] = {"lw": 2.0} if is_filter(name) else {"lw": 1.1, "ls": "--"}
+            if name == "loko-default":
+                style |= {"zorder": 3}
             axis.plot(local.index, local, label=name, color=colours[name], **style)
         change = table[table.stream == stream].change.dropna()
         if len(change):
             axis.axvline(change.iloc[0], color="#868e96", lw=0.8)
         axis.set(title=stream, xlabel="rows", ylabel="NLL, last five rungs")
         lowest = min(line.get_ydata().min() for line in axis.get_lines() if len(line.get_ydata()) > 2)
-        axis.set_ylim(0.8 * lowest, float(np.nanpercentile(table[table.stream == stream].nll, 98)) * 1.2)
+        highest = float(np.nanpercentile(table[table.stream == stream].nll, 97)) * 1.05
+        axis.set_ylim(lowest - 0.05 * (highest - lowest), highest)
     for axis in axes[len(names) :]:
         axis.axis("off")
     handles = [plt.Line2D([], [], color=colours[n], lw=2, ls="-" if is_filter(n) else "--", label=n) for n in everyone]
