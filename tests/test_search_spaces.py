@@ -9,7 +9,7 @@ import jobs
 import pytest
 import transformers
 
-from loko import online
+from loko import PAPER, online
 from loko.config import ExperimentConfig, validate
 from ray_jobs.prepare import parse_options, prepare
 from ray_jobs.settings import SearchConfig, read
@@ -46,6 +46,15 @@ def test_it_is_valid_and_says_how_to_run_it(path: Path) -> None:
     assert first.endswith(f"python -m ray_jobs.tune search_spaces/{path.name}")
     assert list(config.candidates) == ["loko-paper", "loko-low-rank", "adamw", "adagrad"]
     assert all(len(candidate.points) == 1 for candidate in config.candidates.values())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_filter_as_in_the_paper_is_that(path: Path) -> None:
+    """All settings but the two that are searched, and outputs that are left out to save time, as the header says."""
+    optimizer = read(SearchConfig, path, []).candidates["loko-paper"].optimizer
+    for key, value in PAPER.items():
+        if key not in ("output_tolerance", "initial_covariance", "noise_decay"):
+            assert optimizer.get(key) == value, key
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
