@@ -15,7 +15,6 @@ IVON's settings are those that the search of ``benchmarks.online`` found on the 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.goals import Goal, print_goals, write
-from benchmarks.online import CANDIDATES, RESULTS, Settings, names_of, searched
+from benchmarks.online import CANDIDATES, Cells, Settings, names_of
 from benchmarks.online_streams import Plain, Stream, make_data, streams
 from loko import LoKO, online
 from loko.config import ExperimentConfig, validate
@@ -47,15 +46,6 @@ _BATCH = 16
 
 Predict = Callable[[Batch], Tensor]
 """From a batch to probabilities (B, C), float64."""
-
-
-def ivon_values(stream: Stream) -> Plain:
-    """What the online benchmark's search found for IVON: read from its results, or searched now."""
-    found = sorted((RESULTS / stream.name).glob("ivon-*.parquet"))
-    if found:
-        values: Plain = json.loads(pd.read_parquet(found[0], columns=["params"]).params.iloc[0])
-        return values
-    return searched(stream, "ivon", Settings())
 
 
 def learned(stream: Stream, optimizer: Plain, values: Plain, order: int) -> online.Run:
@@ -126,7 +116,7 @@ def _batches(run: online.Run, rows: Any) -> Iterator[Batch]:
 def measure(stream: Stream, orders: int) -> list[Plain]:
     """One line for each way to predict and order."""
     lines = []
-    values = ivon_values(stream)
+    values = Cells(Settings()).params(stream, "ivon", orders)  # as the online benchmark's search found them
     for order in range(1, orders + 1):
         for ways, name, tuned in ((of_loko, "loko-default", {}), (of_ivon, "ivon", values)):
             run = learned(stream, CANDIDATES[name]["optimizer"], tuned, order)

@@ -7,10 +7,10 @@
 Every optimizer gets the same number of Optuna trials, the same pruner, rows and seeds, and searches its own space on
 the first rows of a stream through ``ray_jobs.tune``; ``loko-default``, ``loko-plug-in`` (which learns the same, and is
 scored at the model's own outputs), ``loko-diagonal`` and ``loko-variational`` (the precision-matching diagonal) are not
-searched. The winner then learns the rows
-behind those, in several orders. What is compared is paired by order: means and 95 % intervals (Student's t). A stream
-whose data is not at hand is skipped by name. Each finished cell (stream, optimizer, order) is one Parquet file with
-machine, versions, date and commit in it; the table, the plot and the goal lines are made from those files alone.
+searched. The winner then learns the rows behind those, in several orders. What is compared is paired by order: means
+and 95 % intervals (Student's t). A stream whose data is not at hand is skipped by name. Each finished cell (stream,
+optimizer, order) is one Parquet file with machine, versions, date and commit in it; the table, the plot and the goal
+lines are made from those files alone.
 """
 
 from __future__ import annotations
@@ -185,14 +185,14 @@ class Cells:
         anywhere = json.loads(json.dumps(asked).replace(str(ROOT), "").replace(str(SHARED), ""))
         return self.folder / stream.name / f"{name}-{order}-{_digest(anywhere)}.parquet"
 
-    def params(self, stream: Stream, name: str, orders: int) -> Plain | None:
-        """What the search found, as an order that is finished has it."""
+    def params(self, stream: Stream, name: str, orders: int) -> Plain:
+        """What the search found: as an order that is finished has it, or searched now."""
         for order in range(1, orders + 1):
             path = self.path(stream, name, order)
             if path.exists():
                 found: Plain = json.loads(pd.read_parquet(path, columns=["params"]).params.iloc[0])
                 return found
-        return None
+        return searched(stream, name, self.settings)
 
     def write(self, path: Path, stream: Stream, name: str, order: int, params: Plain, reports: list[Plain]) -> None:
         """One row a rung; machine, versions, date and commit as metadata of the file and the commit as a column."""
@@ -224,8 +224,6 @@ def measure(chosen: Sequence[Stream], names: Sequence[str], orders: int, cells: 
                 continue
             cluster.connect()
             params = cells.params(stream, name, orders)
-            if params is None:
-                params = searched(stream, name, cells.settings)
             plains = [
                 {
                     **stream.experiment(stream.part(False, cells.settings.rows, order)),

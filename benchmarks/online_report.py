@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -209,10 +208,9 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             curves = runs.pivot_table(index="rows", columns="order", values="nll").mul(runs.rows.unique(), axis=0)
             steps = np.diff(curves.index.to_numpy(), prepend=0)[:, None]
             local = (curves.diff().fillna(curves) / steps).mean(axis=1).rolling(5, min_periods=1).mean()
-            style: dict[str, Any] = {"lw": 2.0} if is_filter(name) else {"lw": 1.1, "ls": "--"}
-            if name == "loko-default":
-                style |= {"zorder": 3}
-            axis.plot(local.index, local, label=name, color=colours[name], **style)
+            style = {"lw": 2.0} if is_filter(name) else {"lw": 1.1, "ls": "--"}
+            layer = 3 if name == "loko-default" else 2
+            axis.plot(local.index, local, label=name, color=colours[name], zorder=layer, **style)
         change = table[table.stream == stream].change.dropna()
         if len(change):
             axis.axvline(change.iloc[0], color="#868e96", lw=0.8)

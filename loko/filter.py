@@ -26,7 +26,6 @@ __all__ = [
     "diagonal_blocks",
     "innovate",
     "innovate_logits",
-    "lifted_blocks",
     "symmetric_root",
     "times_blocks",
     "whitened_innovation",
@@ -94,11 +93,6 @@ def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
     """The B diagonal blocks (B, m, m) of an (N, N) matrix with N = B·m, ``size`` = m."""
     count = matrix.shape[0] // size
     return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def lifted_blocks(matrix: Tensor, lift: Tensor) -> Tensor:
-    """Covariance of each row's outputs, (B, C, C), of K (N, N) and what undoes the directions, (C, m) or (B, C, m)."""
-    return lift @ diagonal_blocks(matrix, lift.shape[-1]) @ lift.mT
 
 
 def times_blocks(blocks: Tensor, matrix: Tensor) -> Tensor:

@@ -333,6 +333,7 @@ def narrow(
     needed = free + _not_within(mass, tolerance)
     count = needed if limit is None else min(needed, limit)
     first = free if limit is None else min(free, limit - 1)  # whether there is a gradient depends on the labels
+    columns = model.seeds(mean, order[:, :count])
     kept = model.kept(outputs.shape[1])
     if count < needed:
         gradient = residual[..., None]
@@ -342,9 +343,7 @@ def narrow(
             gradient[:, kept, 0] = torch.cholesky_solve(residual[:, kept].mT, factor).mT
             gradient = model.times_link(point, gradient)
         scale = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
-        columns = torch.cat([model.seeds(mean, order[:, : count - 1]), gradient / scale], dim=2)
-    else:
-        columns = model.seeds(mean, order[:, :count])
+        columns = torch.cat([columns[..., : count - 1], gradient / scale], dim=2)
     basis = torch.linalg.qr(columns).Q  # (B, C, k)
     link = model.times_link(point, basis)
     along = (basis.mT @ residual[..., None])[..., 0]

@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance, outward
 from loko.distributed import Exact, Ranks
-from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, lifted_blocks, whitened_innovation
+from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, whitened_innovation
 from loko.jacobian import JacobianEngine
 from loko.noise import NOISES, EmaResidual
 from loko.observation import OBSERVATIONS, Gaussian, ObservationModel, linearize, narrow, outputs_needed
@@ -478,11 +478,12 @@ class LoKO(torch.optim.Optimizer):
         spread = self._covariance.project(jacobian, self._world.reduce).outputs
         own = self._world.own_rows(share.counts)
         lift = torch.linalg.pinv(contrast)  # from observed combinations back to the outputs, centred where they are
-        covariance = lifted_blocks(spread, lift)[own]
+        observed = diagonal_blocks(spread, len(contrast))[own]
+        covariance = lift @ observed @ lift.mT
         calibrated = calibrated and self._counters.steps > 0
         factor = self._counters.consistency if calibrated else 1.0
         if calibrated and self._trust is not None:
-            mean = self._trust.mix(expected(self._observation, seen, lift, diagonal_blocks(spread, len(contrast))[own]))
+            mean = self._trust.mix(expected(self._observation, seen, lift, observed))
             return Prediction(seen, covariance, factor, mean, self._observation.link(mean))
         noise = self._noise_state if self._noise.on_outputs else None
         found = self._observation.expect(seen, factor * covariance, None if noise is None else factor * noise)
@@ -636,9 +637,8 @@ class LoKO(torch.optim.Optimizer):
         """
         if self._counters.steps > 0 or "initial_covariance" not in self._settings:
             return self._covariance, None
-        free = pending.free or pending.directions.shape[-2]
         prior = self._covariance.project(jacobian, self._world.reduce).outputs
-        found = spread(prior, pending.directions, free)
+        found = spread(prior, pending.directions, pending.free or None)  # none: no prediction looks at this P
         if not math.isfinite(found.total):
             return self._covariance, None  # the batch is skipped, and the next one sets the scale
         if found.total <= 0:

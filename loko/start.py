@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loko.covariance import Covariance, Reduce
-from loko.filter import Innovation, cholesky, lifted_blocks, symmetric_root, whitened_innovation
+from loko.filter import Innovation, cholesky, diagonal_blocks, symmetric_root, whitened_innovation
 from loko.rows import Jacobian
 
 __all__ = ["COMMON", "Spread", "know_the_mean", "spread"]
@@ -58,7 +58,8 @@ def spread(outputs: Tensor, directions: Tensor, free: int | None = None) -> Spre
     each = directions[..., :free, :].to(outputs).expand(rows, -1, -1)
     lift = torch.zeros(rows, each.shape[-1], count, dtype=outputs.dtype, device=outputs.device)
     lift[..., :free] = torch.linalg.pinv(each)  # (B, C, m)
-    total = float(lifted_blocks(outputs, lift).diagonal(dim1=-2, dim2=-1).sum(-1).mean()) / free
+    lifted = lift @ diagonal_blocks(outputs, count) @ lift.mT
+    total = float(lifted.diagonal(dim1=-2, dim2=-1).sum(-1).mean()) / free
     if rows == 1:
         return Spread(total, total, None)
     pooled = torch.cat(list(lift), 1) / rows  # (C, N): the mean of the rows' logits

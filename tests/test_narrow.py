@@ -109,9 +109,12 @@ def test_fewer_directions_mean_fewer_backward_passes() -> None:
     outputs[:, 0] = 9.0
     labels = torch.tensor([0, 0])
     noise = Categorical().initial_noise(CLASSES, None)
-    found = narrow(Categorical(), outputs, labels, 0.0, free=1, tolerance=0.01, limit=None, noise=noise)
-    assert found[1].shape[1] == outputs_needed(Categorical(), outputs, 0.01) == 1
-    assert outputs_needed(Bernoulli(), outputs, 0.0) == CLASSES
+    free = outputs_needed(Categorical(), outputs, 0.01)
+    _, directions, _ = narrow(Categorical(), outputs, labels, 0.0, free=free, tolerance=0.01, limit=None, noise=noise)
+    assert directions.shape[1] == free == 1
+    free, noise = outputs_needed(Bernoulli(), outputs, 0.0), torch.eye(6).double()
+    _, directions, _ = narrow(Bernoulli(), outputs, outputs, 0.0, free=free, tolerance=0.0, limit=None, noise=noise)
+    assert directions.shape[1] == free == CLASSES
 
 
 @given(seed=st.integers(0, 10_000), tolerance=st.sampled_from([0.01, 0.05, 0.2]), limit=st.sampled_from([None, 2]))

@@ -59,6 +59,21 @@ def test_a_step_returns_the_mixture_of_the_experts(observation: str, outputs: in
     assert found["confidence"] == pytest.approx(float(weights @ factors))
 
 
+def test_predict_mixes_with_the_same_weights() -> None:
+    """What ``predict`` says of the next rows is what ``step`` then returns for them."""
+    model = Tiny(4)
+    optimizer = LoKO(model, output_tolerance=0.0, **PLAIN)
+    x, y = rows("categorical", 4, 16)
+    optimizer.step(lambda: (model(x[:4]), y[:4]))
+    for i in range(4, 16, 4):
+        before, consistency = optimizer.predict(lambda i=i: model(x[i : i + 4])), optimizer.diagnostics()["consistency"]
+        found = optimizer.step(lambda i=i: (model(x[i : i + 4]), y[i : i + 4]))
+        close(found.softmax(-1), before.mean, 1e-9)
+        of_label = torch.diag_embed(before.mean) - before.mean[:, :, None] * before.mean[:, None]
+        close(before.label_covariance, of_label, 1e-12)
+        assert before.factor == consistency
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -165,7 +180,7 @@ def test_where_p_is_right_it_is_trusted_and_where_it_is_wrong_it_is_not() -> Non
             trust = trust.learned(each, OBSERVATIONS["categorical"](), labels[:, 0])
             shares.append(trust.share / float(trust.weights[: len(SHARES)].sum()))
         found.append(sum(shares[20:]) / 180)
-    assert found[0] > 0.4
+    assert found[0] > 0.5
     assert found[1] < 0.2
 
 
