@@ -60,15 +60,15 @@ def _gradient(name: str, low: float, high: float, first: float, options: Plain |
     }
 
 
-_P0, _V, _HEAD, _BETA = (
-    f"optimizer.{key}" for key in ("initial_covariance", "prior_variance", "scales.head", "noise_decay")
+_P0, _V, _ADAPTER, _BETA = (
+    f"optimizer.{key}" for key in ("initial_covariance", "prior_variance", "adapter_variance", "noise_decay")
 )
 CANDIDATES: dict[str, Plain] = {
     "loko-default": {"optimizer": {"name": "loko"}},
     "loko-tuned": {
         "optimizer": {"name": "loko"},
-        "space": {_V: {"log_uniform": [1.5, 48.0]}, _HEAD: {"log_uniform": [1 / 32, 4.0]}},
-        "points": [{_V: 6.0, _HEAD: 1.0}],
+        "space": {_V: {"log_uniform": [1.5, 48.0]}, _ADAPTER: {"log_uniform": [0.5, 5000.0]}},
+        "points": [{_V: 6.0, _ADAPTER: 50.0}],
     },
     "loko-plug-in": {"optimizer": {"name": "loko", "prediction": "plug_in"}},
     "loko-paper": {

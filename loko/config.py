@@ -79,6 +79,12 @@ class LokoConfig(_Strict):
     prior_variance: float = Field(
         6.0, gt=0, allow_inf_nan=False, description="variance v of a logit from row to row that auto starts with"
     )
+    adapter_variance: float = Field(
+        50.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="variance κ of an adapter's factors, in their own unit, that auto meets half way; 0 leaves p0",
+    )
     initial_distribution: Literal["constant", "uniform"] = Field("constant", description="p0, or U(0, p0]")
     scales: dict[str, float] = Field(default_factory=dict, description="factors on p0 by group: A, B, head, other")
     noise: Literal["ema", "ema_residual", "categorical", "categorical_ema", "fixed"] = Field(

@@ -97,6 +97,7 @@ class Covariance(Protocol):
     def predict(
         self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone
     ) -> Covariance: ...
+    def rescale(self, factors: Tensor) -> Covariance: ...
     def project(self, jacobian: Jacobian, reduce: Reduce = alone, same: Reduce = alone) -> Projection: ...
     def marginal(self, reduce: Reduce = alone) -> Tensor: ...
     def state(self) -> dict[str, Tensor]: ...
@@ -121,6 +122,10 @@ class Diagonal:
     def predict(self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone) -> Diagonal:
         """``p ← p / λ + q``; λ in (0, 1] and q ≥ 0 are scalars or (n,)."""
         return Diagonal((self.variance / forgetting + process_noise).clamp_max_(CEILING))
+
+    def rescale(self, factors: Tensor) -> Diagonal:
+        """``F^½ P F^½`` for F = diag(factors), (n,), positive: every variance times its factor."""
+        return Diagonal((self.variance * factors).clamp_(FLOOR, CEILING))
 
     def project(self, jacobian: Jacobian, reduce: Reduce = alone, same: Reduce = alone) -> DiagonalProjection:
         """Look at this covariance through J, (N, n)."""
@@ -217,6 +222,10 @@ class LowRank:
             factor = torch.linalg.solve_triangular(root.to(factor.dtype), factor, upper=False) / scale
             precision = precision / scale
         return LowRank(precision.clamp_min(1.0 / CEILING), factor)
+
+    def rescale(self, factors: Tensor) -> LowRank:
+        """``F^½ P F^½`` for F = diag(factors), (n,), positive: every variance times its factor."""
+        return LowRank((self.precision / factors).clamp_(1.0 / CEILING, 1.0 / FLOOR), self.factor * factors.rsqrt())
 
     def project(self, jacobian: Jacobian, reduce: Reduce = alone, same: Reduce = alone) -> LowRankProjection:
         """Look at this covariance through J, (N, n), by a square root of it.

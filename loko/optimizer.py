@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from loko.adapters import Units
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance, outward
 from loko.distributed import Exact, Ranks
 from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, whitened_innovation
@@ -53,7 +55,7 @@ _SETTLED = 20
 
 _BACKWARD: dict[str | None, torch.dtype | None] = {None: None, "bfloat16": torch.bfloat16}
 
-_STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale", "trust")
+_STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale", "trust", "factors")
 _GROUP_SETTINGS = ("initial_covariance", "forgetting", "process_noise")
 
 
@@ -172,6 +174,8 @@ class LoKO(torch.optim.Optimizer):
             (``gaussian``: the variance r₀, or one). The groups then hold their ``scales`` until the first step, and
             the variance from it on.
         prior_variance: v > 0 of ``auto``: by how much the first rows' logits may differ from each other.
+        adapter_variance: κ ≥ 0 of ``auto``: a low-rank factor starts from the geometric mean of p₀ and κ times its own
+            unit (``loko.adapters``), times its group's ``scales``. 0: from p₀ like every other parameter.
         initial_distribution: ``constant``, or ``uniform`` for U(0, p₀] as in the paper.
         scales: factors on ``initial_covariance`` by group name, such as ``{"head": 1.0, "A": 10.0}``.
         noise: ``ema``, ``ema_residual``, ``categorical``, ``categorical_ema`` or ``fixed`` (see ``loko.noise``).
@@ -218,6 +222,7 @@ class LoKO(torch.optim.Optimizer):
         direction_decay: float = 0.95,
         initial_covariance: float | Literal["auto"] = "auto",
         prior_variance: float = 6.0,
+        adapter_variance: float = 50.0,
         initial_distribution: str = "constant",
         scales: dict[str, float] | None = None,
         noise: str = "ema",
@@ -246,6 +251,7 @@ class LoKO(torch.optim.Optimizer):
         _in_range("rank", rank, isinstance(rank, int) and rank >= 0, "an integer >= 0")
         _in_range("direction_decay", direction_decay, 0 <= direction_decay <= 1, "in [0, 1]")
         _in_range("prior_variance", prior_variance, 0 < prior_variance < math.inf, "finite and > 0")
+        _in_range("adapter_variance", adapter_variance, 0 <= adapter_variance < math.inf, "finite and >= 0")
         _in_range("noise_decay", noise_decay, 0 <= noise_decay < 1, "in [0, 1)")
         _in_range("initial_noise", initial_noise, initial_noise is None or 0 < initial_noise < math.inf, "> 0, or None")
         _in_range("noise_excess", noise_excess, 0 <= noise_excess < math.inf, "finite and >= 0")
@@ -291,7 +297,11 @@ class LoKO(torch.optim.Optimizer):
             "covariance": covariance,
             "rank": rank,
             "direction_decay": direction_decay,
-            **({"initial_covariance": "auto", "prior_variance": prior_variance} if auto else {}),
+            **(
+                {"initial_covariance": "auto", "prior_variance": prior_variance, "adapter_variance": adapter_variance}
+                if auto
+                else {}
+            ),
             "initial_distribution": initial_distribution,
             "noise": noise,
             "noise_decay": noise_decay,
@@ -311,6 +321,7 @@ class LoKO(torch.optim.Optimizer):
         self._apply_scales(scales or {})
         self._params = [p for g in self.param_groups for p in g["params"]]
         self._engine = JacobianEngine(model, _named(model, self._params), _BACKWARD[backward_dtype])
+        self._units = Units(model) if auto and adapter_variance > 0 else None
         self._observation = OBSERVATIONS[observation]() if isinstance(observation, str) else observation
         self._noise = _build_noise(noise, noise_decay, noise_excess)
         device = self._params[0].device
@@ -319,6 +330,7 @@ class LoKO(torch.optim.Optimizer):
         self._covariance: Covariance = COVARIANCES[covariance].start(variance[self._world.own].clone(), rank)
         self._scale = Scale(torch.zeros_like(variance[self._world.own])) if scale_adaptation > 0 else None
         self._trust = Trust.start(device) if prediction == "expected" and knows(self._observation) else None
+        self._factors = torch.ones(len(self._params), dtype=torch.float64, device=device)
         self._noise_state: Tensor | None = None
         self._contrast: Tensor | None = None
         self._counters = _Counters()
@@ -395,7 +407,8 @@ class LoKO(torch.optim.Optimizer):
             ValueError: labels the observation cannot mean.
         """
         with self._world.together() as share:
-            outputs, labels = closure()
+            with self._units.measured() if self._counters.steps == 0 and self._units else nullcontext():
+                outputs, labels = closure()
             if outputs.dim() != 2:
                 raise ValueError(
                     f"the closure must return outputs of shape (rows, outputs), got {tuple(outputs.shape)}"
@@ -553,7 +566,7 @@ class LoKO(torch.optim.Optimizer):
         observed = pending.observed
         if not bool(torch.isfinite(observed.residual).all()):
             return None
-        start, scale = self._start(jacobian, pending)
+        start, found = self._start(jacobian, pending)
         if self._scale is not None and self._scale.step != 0.0:
             start = start.predict(1.0 / self._scale.factor, 0.0)
         predicted = self.predicted(start)
@@ -573,8 +586,10 @@ class LoKO(torch.optim.Optimizer):
         if not bool(torch.isfinite(self._world.reduce(total)).all()):
             return None
         self._covariance, self._scale = posterior, adapted
-        for g in self.param_groups if scale is not None else ():
-            g["initial_covariance"] *= scale
+        if found is not None:
+            scale, self._factors = found
+            for g in self.param_groups:
+                g["initial_covariance"] *= scale
         self._noise_state = noise
         consistency = float(innovation.consistency) / observed.residual.numel()
         self._counters.innovated(consistency, float(innovation.gain))
@@ -626,8 +641,10 @@ class LoKO(torch.optim.Optimizer):
         factor = found.factor if alone else cholesky(whitened_innovation(prior, root))[0]
         return Innovation(weights, root, factor, consistency, int(jitters)), noise
 
-    def _start(self, jacobian: Jacobian, pending: Pending) -> tuple[Covariance, float | None]:
-        """P before the first rows, and what ``auto`` multiplied it by: None but on the first step.
+    def _start(self, jacobian: Jacobian, pending: Pending) -> tuple[Covariance, tuple[float, Tensor] | None]:
+        """P before the first rows, the p₀ that ``auto`` found, and by tensor what it was multiplied by beside it.
+
+        The latter two are None but on the first step.
 
         K is that of the global batch, so the split over workers does not matter, and of directions that do not depend
         on the labels.
@@ -647,18 +664,21 @@ class LoKO(torch.optim.Optimizer):
             )
         if isinstance(self._observation, Gaussian):
             scale = (self._settings["initial_noise"] or 1.0) / found.total
-            return self._covariance.predict(1.0 / scale, 0.0), scale
-        scale = self._settings["prior_variance"] / found.between
+        else:
+            scale = self._settings["prior_variance"] / found.between
         start = self._covariance.predict(1.0 / scale, 0.0)
-        if found.mean is None:
-            return start, scale
-        return know_the_mean(start, jacobian, found.mean, self._world.reduce, self._world.same), scale
+        factors = self._of_adapters(scale)
+        if bool((factors != 1.0).any()):
+            start = start.rescale(self._expanded(factors))
+        if found.mean is not None and not isinstance(self._observation, Gaussian):
+            start = know_the_mean(start, jacobian, found.mean, self._world.reduce, self._world.same)
+        return start, (scale, factors)
 
     def predicted(self, covariance: Covariance) -> Covariance:
         """A covariance one step later: forgetting and process noise of every group, no rows."""
         share = self._drift_share()
         if share > 0:
-            start = self._per_parameter("initial_covariance")
+            start = self._per_parameter("initial_covariance") * self._expanded(self._factors)
             covariance = covariance.predict(1.0 / max(1.0 - share, 1e-6), share * start, self._world.reduce)
         if all(g["forgetting"] == 1.0 and g["process_noise"] == 0.0 for g in self.param_groups):
             return covariance
@@ -672,6 +692,19 @@ class LoKO(torch.optim.Optimizer):
             return 0.0
         share: float = self._settings["drift_adaptation"] * min(1.0, max(0.0, self._counters.surprise - 1.0))
         return share
+
+    def _of_adapters(self, scale: float) -> Tensor:
+        """What takes p₀ to the variance that each tensor starts with, √(κ unit / p₀) where it has a unit, float64."""
+        device = self._params[0].device
+        units = self._units.found(self._world.reduce, device) if self._units else {}
+        wanted = self._settings["adapter_variance"] if units else 0.0
+        factors = [math.sqrt(wanted * units[id(p)] / scale) if id(p) in units else 1.0 for p in self._params]
+        return self._world.same(torch.tensor(factors, dtype=torch.float64, device=device))
+
+    def _expanded(self, values: Tensor) -> Tensor:
+        """One number a tensor as this rank's slice of (n,)."""
+        sizes = torch.tensor(self._engine.sizes, device=values.device)
+        return values.to(self._engine.dtype).repeat_interleave(sizes)[self._world.own]
 
     def _per_parameter(self, key: str) -> Tensor | float:
         """A group setting as one number where all groups agree, else as this rank's slice of (n,)."""
@@ -770,8 +803,12 @@ class LoKO(torch.optim.Optimizer):
         return result
 
     def _initial_covariances(self) -> dict[str, float]:
-        """p₀ under one name where the groups agree, else one a group."""
-        values = {g["name"]: g["initial_covariance"] for g in self.param_groups}
+        """The mean variance that a group started with, under one name where the groups agree."""
+        factors, values = iter(self._factors.tolist()), {}
+        for g in self.param_groups:
+            sizes = [p.numel() for p in g["params"]]
+            mean = sum(size * next(factors) for size in sizes) / sum(sizes)
+            values[g["name"]] = g["initial_covariance"] * mean
         if len(set(values.values())) == 1:
             return {"initial_covariance": next(iter(values.values()))}
         return {f"initial_covariance_{name}": value for name, value in values.items()}
@@ -790,6 +827,7 @@ class LoKO(torch.optim.Optimizer):
             "counters": {f.name: getattr(self._counters, f.name) for f in fields(_Counters)},
             "scale": None if self._scale is None else self._scale_state(self._scale),
             "trust": None if self._trust is None else self._trust.weights.clone(),
+            "factors": self._factors.clone(),
         }
         return state
 
@@ -850,7 +888,7 @@ class LoKO(torch.optim.Optimizer):
         if trust is not None and self._trust is not None and trust.shape != self._trust.weights.shape:
             raise ValueError("this state was saved by another version of loko, which mixed predictions in another way")
         noise = loaded["noise"]
-        tensors = [*given.values(), *(one for one in (noise, trust) if one is not None)]
+        tensors = [*given.values(), loaded["factors"], *(one for one in (noise, trust) if one is not None)]
         tensors += [] if scale is None else [scale["trace"]]
         if not all(bool(torch.isfinite(value).all()) for value in tensors):
             raise ValueError("the state holds values that are not finite; take an earlier checkpoint")
@@ -864,6 +902,7 @@ class LoKO(torch.optim.Optimizer):
             self._scale = Scale(**{**scale, "trace": scale["trace"][self._world.own].to(some, copy=True)})
         if trust is not None:
             self._trust = Trust(trust.to(some.device, copy=True))
+        self._factors = loaded["factors"].to(some.device, copy=True)
         self._counters = _Counters(**loaded["counters"])
 
     def _layout(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loko import LoKO
@@ -35,12 +36,21 @@ CASES: list[dict[str, Any]] = [
     {"rank": 0, "noise": "categorical", "forgetting": 0.95},
     {"rank": 40, "noise": "fixed"},
     {"rank": 4, "initial_covariance": "auto"},
+    {"rank": 4, "initial_covariance": "auto", "adapter_variance": 50.0},
 ]
+
+
+def model_of(settings: dict[str, Any]) -> Any:
+    """The model of a case: with an adapter where it says how that starts."""
+    model = Tiny(3)
+    if "adapter_variance" not in settings:
+        return model
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])).double().eval()
 
 
 def run(rank: int, world_size: int, group: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Four batches and one with a NaN on the last rank, with a resume through a state in the middle."""
-    model = Tiny(3)
+    model = model_of(settings)
     optimizer = LoKO(model, group=group, **settings)
     states, predicted, start = [], [], 0
     for number, split in enumerate(SPLITS[world_size]):
@@ -177,7 +187,7 @@ def test_two_and_three_workers_are_one(tmp_path: Path) -> None:
         # A state is whole, whatever the world: one worker goes on where three stopped.
         covariances = []
         for state in (ranks[2][3][index]["middle"], alone["middle"]):
-            single = LoKO(Tiny(3), **case)
+            single = LoKO(model_of(case), **case)
             single.load_state_dict(state)
             covariances.append(covariance_of(single))
         close(*covariances)
