@@ -172,7 +172,7 @@ class LoKO(torch.optim.Optimizer):
         initial_covariance: p₀ > 0, variance of every parameter before the first row; or ``auto``: the first batch sets
             it, so that logits have the ``prior_variance`` from row to row, and their mean over the rows counts as known
             (``gaussian``: the variance r₀, or one). The groups then hold their ``scales`` until the first step, and
-            the variance from it on.
+            p₀ times these from it on.
         prior_variance: v > 0 of ``auto``: by how much the first rows' logits may differ from each other.
         adapter_variance: κ ≥ 0 of ``auto``: a low-rank factor starts from the geometric mean of p₀ and κ times its own
             unit (``loko.adapters``), times its group's ``scales``. 0: from p₀ like every other parameter.
@@ -407,7 +407,7 @@ class LoKO(torch.optim.Optimizer):
             ValueError: labels the observation cannot mean.
         """
         with self._world.together() as share:
-            with self._units.measured() if self._counters.steps == 0 and self._units else nullcontext():
+            with self._units.measured() if self._units and not self.started else nullcontext():
                 outputs, labels = closure()
             if outputs.dim() != 2:
                 raise ValueError(
@@ -473,7 +473,7 @@ class LoKO(torch.optim.Optimizer):
             RuntimeError: ``initial_covariance="auto"`` and no step yet: P has no scale before the first batch.
             JacobianError: see ``loko.jacobian``.
         """
-        if self._counters.steps == 0 and self._settings.get("initial_covariance") == "auto":
+        if not self.started and self._settings.get("initial_covariance") == "auto":
             raise RuntimeError("initial_covariance = 'auto' takes its scale from the first batch; make a step first")
         with self._world.together() as share:
             with self._engine.record():
@@ -652,7 +652,7 @@ class LoKO(torch.optim.Optimizer):
         Raises:
             ValueError: the outputs of the first batch depend on no parameter.
         """
-        if self._counters.steps > 0 or "initial_covariance" not in self._settings:
+        if self.started or "initial_covariance" not in self._settings:
             return self._covariance, None
         prior = self._covariance.project(jacobian, self._world.reduce).outputs
         found = spread(prior, pending.directions, pending.free or None)  # none: no prediction looks at this P
@@ -719,6 +719,11 @@ class LoKO(torch.optim.Optimizer):
     def engine(self) -> JacobianEngine:
         """What makes J."""
         return self._engine
+
+    @property
+    def started(self) -> bool:
+        """Whether a batch was learned, and so what the first one sets is set."""
+        return self._counters.steps > 0
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -292,7 +292,8 @@ class Pack:
 
 
 def _ready(learner: online.Learner, rows: int) -> bool:
-    """Whether a run can learn such a batch with others; a filter's first step, which proves its Jacobian, is its own.
+    """Whether a run can learn such a batch with others; a filter's first step, which proves its Jacobian and
+    measures its adapters, is its own.
 
     Raises:
         PackingError: a learner that can never.
@@ -304,12 +305,13 @@ def _ready(learner: online.Learner, rows: int) -> bool:
                 f"{name} learns at other parameters than it predicts with, in a pass of its own; {_MEND}"
             )
         return True
-    engine = _filter(learner).engine
+    optimizer = _filter(learner)
+    engine = optimizer.engine
     if engine.proven(rows) and engine.exact_names:
         raise PackingError(
             f"{engine.exact_names[0]} takes the exact route of Jacobians, with backward passes of its own; {_MEND}"
         )
-    return engine.proven(rows)
+    return engine.proven(rows) and optimizer.started
 
 
 def _again(run: online.Run, batch: Batch) -> tuple[Tensor, Tensor]:
