@@ -43,6 +43,8 @@ class Units:
             layer: Any = module  # of PEFT, which types none of it
             if hasattr(layer, "base_layer") and hasattr(layer, "scaling"):
                 for name, first in getattr(layer, "lora_A", {}).items():
+                    if not isinstance(first, nn.Module):  # AdaLoRA's bare matrices, which have a third between them
+                        continue
                     self._layers.append(_Layer(module, first, layer.lora_B[name], float(layer.scaling[name])))
         self._sums = torch.zeros(len(self._layers), 2, dtype=torch.float64)
 

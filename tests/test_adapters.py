@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loko import LoKO
@@ -100,6 +100,8 @@ def test_what_is_not_measured_has_no_unit() -> None:
         model.get_parameter("base_model.model.body.lora_A.default.weight").zero_()
     assert not [name for name in measured(model) if "body" in name]
     assert len(Units(Net())) == 0
+    ada = AdaLoraConfig(target_modules=["body"], init_r=2, target_r=2, total_step=10)
+    assert len(Units(get_peft_model(Net(), ada))) == 0
 
 
 @given(factor=st.floats(0.01, 100.0), scaling=st.floats(0.01, 100.0))
