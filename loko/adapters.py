@@ -1,20 +1,20 @@
 """The units of a low-rank adapter: how large its factors may be is a matter of the layer that it adapts.
 
-A layer gives (W + s B A) x with W frozen. p₀, the variance that the logits ask for (``loko.start``), knows nothing of
+A layer gives W x + s B A x with W frozen. p₀, the variance that the logits ask for (``loko.start``), knows nothing of
 that: where the head starts near zero B hardly moves a logit at first, whatever its variance, and a p₀ that suits the
 head lets s B A x be ten times as large as W x, or a tenth of it. In its own unit a factor has the variance 1 when
 
 - A, which starts from random numbers, has a tenth of the mean square that it starts with,
-- B, which starts at zero, makes s B A x as large as what the layer gives: E‖s B A x‖² = ‖(W + s B A) x‖² over the first
-  rows, with the A of the start.
+- B, which starts at zero, makes s B A x as large as what the layer gives: E‖s B A x‖² = ‖W x + s B A x‖² over the
+  first rows, with the A of the start.
 
-A factor starts from the geometric mean of p₀ and κ times its unit (docs/initial_covariance.md).
+A factor starts from the geometric mean of p₀ and ξ times its unit (docs/initial_covariance.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,23 +29,28 @@ __all__ = ["Units"]
 _OF_A = 0.1
 """A's share of what it starts with: it is there already, and B moves the layer without it."""
 
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class Units:
-    """Measures the units of the factors of a model's adapters: layers as PEFT builds them for LoRA and its kin.
+    """Measures the units of the factors of adapters: layers as PEFT builds them for LoRA and its kin.
 
-    A factor that is not measured has no unit: those of embeddings and of layers that the first rows do not reach, and a
-    B behind an A of zeros.
+    A factor that is not measured has no unit: those of embeddings, of bare parameters, of variants whose A or B is no
+    plain map of what the layer is given, of layers that the first rows do not reach, and behind an A of zeros.
+
+    Args:
+        model: the model.
+        parameters: ``id`` of the parameters that are asked for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parameters: Container[int]) -> None:
         self._layers: list[_Layer] = []
         for module in model.modules():
-            layer: Any = module  # of PEFT, which types none of it
-            if hasattr(layer, "base_layer") and hasattr(layer, "scaling"):
-                for name, first in getattr(layer, "lora_A", {}).items():
-                    if not isinstance(first, nn.Module):  # AdaLoRA's bare matrices, which have a third between them
-                        continue
-                    self._layers.append(_Layer(module, first, layer.lora_B[name], float(layer.scaling[name])))
+            of_peft: Any = module  # which types none of it
+            for name, first in getattr(of_peft, "lora_A", {}).items():
+                layer = _Layer(of_peft, name, first, of_peft.lora_B[name])
+                if layer.plain and (id(layer.first.weight) in parameters or id(layer.second.weight) in parameters):
+                    self._layers.append(layer)
         self._sums = torch.zeros(len(self._layers), 2, dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -74,30 +79,38 @@ class Units:
         """
         units: dict[int, float] = {}
         for layer, (given, down) in zip(self._layers, reduce(self._sums.to(device)).tolist(), strict=True):
-            units[id(layer.first.weight)] = _OF_A * float(layer.first.weight.detach().double().square().mean())
-            units[id(layer.second.weight)] = given / (len(layer.second.weight) * down) if down > 0 else 0.0
+            if down > 0:
+                first, second = layer.first.weight, layer.second
+                units[id(first)] = _OF_A * float(first.detach().double().square().mean())
+                units[id(second.weight)] = given / (down * len(second.weight) / getattr(second, "groups", 1))
         return {key: unit for key, unit in units.items() if 0 < unit < math.inf}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer with one of its adapters: A, B and s."""
+    """A layer with one of its adapters: A and B."""
 
-    module: nn.Module
+    module: Any
+    name: str
     first: Any
     second: Any
-    scaling: float
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer adds s B A x, x what it is given."""
+        plain = (
+            type(self.first) in _PLAIN and type(self.second) in _PLAIN and not hasattr(self.module, "parameter_name")
+        )
+        return plain and self.first.weight.shape[1] == self.module.in_features
 
     def measure(self, sums: Tensor) -> Any:
-        """A hook that adds ‖(W + s B A) x‖² and s² ‖A x‖² to ``sums``, (2,)."""
+        """A hook that adds ‖W x + s B A x‖² and s² ‖A x‖² to ``sums``, (2,)."""
 
         @torch.no_grad()
         def measure(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            if not isinstance(output, Tensor):  # attention as one module, which gives its weights as well
-                return
             given = (*inputs, *named.values())[0]
-            down = self.first.forward(given.to(self.first.weight.dtype))  # so that no hook of the Jacobian's sees it
-            for index, (values, factor) in enumerate(((output, 1.0), (down, self.scaling))):
-                sums[index] += factor**2 * values.detach().double().square().sum().cpu()
+            down = self.module.scaling[self.name] * self.first(given.to(self.first.weight.dtype))
+            for index, values in enumerate((output, down)):
+                sums[index] += values.detach().double().square().sum().cpu()
 
         return measure

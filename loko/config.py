@@ -83,7 +83,7 @@ class LokoConfig(_Strict):
         50.0,
         ge=0,
         allow_inf_nan=False,
-        description="variance κ of an adapter's factors, in their own unit, that auto meets half way; 0 leaves p0",
+        description="variance ξ of an adapter's factors, in their own unit, that auto meets half way; 0 leaves p0",
     )
     initial_distribution: Literal["constant", "uniform"] = Field("constant", description="p0, or U(0, p0]")
     scales: dict[str, float] = Field(default_factory=dict, description="factors on p0 by group: A, B, head, other")

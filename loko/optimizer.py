@@ -173,8 +173,9 @@ class LoKO(torch.optim.Optimizer):
             it, so that logits have the ``prior_variance`` from row to row, and their mean over the rows counts as known
             (``gaussian``: the variance r₀, or one). The groups then hold their ``scales`` until the first step, and
             p₀ times these from it on.
-        prior_variance: v > 0 of ``auto``: by how much the first rows' logits may differ from each other.
-        adapter_variance: κ ≥ 0 of ``auto``: a low-rank factor starts from the geometric mean of p₀ and κ times its own
+        prior_variance: v > 0 of ``auto``: by how much the first rows' logits may differ from each other, if all started
+            from p₀.
+        adapter_variance: ξ ≥ 0 of ``auto``: a low-rank factor starts from the geometric mean of p₀ and ξ times its own
             unit (``loko.adapters``), times its group's ``scales``. 0: from p₀ like every other parameter.
         initial_distribution: ``constant``, or ``uniform`` for U(0, p₀] as in the paper.
         scales: factors on ``initial_covariance`` by group name, such as ``{"head": 1.0, "A": 10.0}``.
@@ -321,7 +322,8 @@ class LoKO(torch.optim.Optimizer):
         self._apply_scales(scales or {})
         self._params = [p for g in self.param_groups for p in g["params"]]
         self._engine = JacobianEngine(model, _named(model, self._params), _BACKWARD[backward_dtype])
-        self._units = Units(model) if auto and adapter_variance > 0 else None
+        wanted = {id(p) for p in self._params} if auto and adapter_variance > 0 else set()
+        self._units = Units(model, wanted)
         self._observation = OBSERVATIONS[observation]() if isinstance(observation, str) else observation
         self._noise = _build_noise(noise, noise_decay, noise_excess)
         device = self._params[0].device
@@ -694,11 +696,10 @@ class LoKO(torch.optim.Optimizer):
         return share
 
     def _of_adapters(self, scale: float) -> Tensor:
-        """What takes p₀ to the variance that each tensor starts with, √(κ unit / p₀) where it has a unit, float64."""
-        device = self._params[0].device
+        """What takes p₀ to the variance that each tensor starts with, √(ξ unit / p₀) where it has a unit, float64."""
+        device, variance = self._params[0].device, self._settings["adapter_variance"]
         units = self._units.found(self._world.reduce, device) if self._units else {}
-        wanted = self._settings["adapter_variance"] if units else 0.0
-        factors = [math.sqrt(wanted * units[id(p)] / scale) if id(p) in units else 1.0 for p in self._params]
+        factors = [math.sqrt(variance * units[id(p)] / scale) if id(p) in units else 1.0 for p in self._params]
         return self._world.same(torch.tensor(factors, dtype=torch.float64, device=device))
 
     def _expanded(self, values: Tensor) -> Tensor:
@@ -807,16 +808,21 @@ class LoKO(torch.optim.Optimizer):
             result |= {"consistency": counters.consistency, "surprise": counters.surprise, "gain": counters.gain}
         return result
 
-    def _initial_covariances(self) -> dict[str, float]:
-        """The mean variance that a group started with, under one name where the groups agree."""
-        factors, values = iter(self._factors.tolist()), {}
+    def _starts(self) -> dict[str, float]:
+        """The mean variance that each group starts from."""
+        factors, starts = iter(self._factors.tolist()), {}
         for g in self.param_groups:
             sizes = [p.numel() for p in g["params"]]
             mean = sum(size * next(factors) for size in sizes) / sum(sizes)
-            values[g["name"]] = g["initial_covariance"] * mean
-        if len(set(values.values())) == 1:
-            return {"initial_covariance": next(iter(values.values()))}
-        return {f"initial_covariance_{name}": value for name, value in values.items()}
+            starts[g["name"]] = g["initial_covariance"] * mean
+        return starts
+
+    def _initial_covariances(self) -> dict[str, float]:
+        """The same under one name where the groups agree."""
+        starts = self._starts()
+        if len(set(starts.values())) == 1:
+            return {"initial_covariance": next(iter(starts.values()))}
+        return {f"initial_covariance_{name}": value for name, value in starts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the filter needs to go on, whole whatever the number of ranks; a collective call.
@@ -850,8 +856,12 @@ class LoKO(torch.optim.Optimizer):
         saved = dict(state_dict)
         loaded = saved.pop("filter", None)
         counters = {f.name for f in fields(_Counters)}
-        if loaded is None or set(loaded) != set(_STATE_KEYS) or set(loaded["counters"]) != counters:
-            raise ValueError("this is not a state of LoKO: it has no complete 'filter' entry")
+        if loaded is None:
+            raise ValueError("this is not a state of LoKO: it has no 'filter' entry")
+        if set(loaded) != set(_STATE_KEYS) or set(loaded["counters"]) != counters:
+            raise ValueError(
+                "the 'filter' entry of this state is not complete, or was saved by another version of loko"
+            )
         if loaded["parameters"] != self._layout():
             differing = [
                 f"{ours} here, {theirs} there"
@@ -915,10 +925,12 @@ class LoKO(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self._settings.items())
+        starts = self._starts()
         lines = [f"LoKO({self._engine.size} parameters, {settings})"]
         for g in self.param_groups:
             count = sum(p.numel() for p in g["params"])
-            values = ", ".join(f"{key}={g[key]:g}" for key in _GROUP_SETTINGS)
+            shown = {**g, "initial_covariance": starts[g["name"]]}
+            values = ", ".join(f"{key}={shown[key]:g}" for key in _GROUP_SETTINGS)
             lines.append(f"  {g['name']}: {count} parameters, {values}")
         return "\n".join(lines)
 

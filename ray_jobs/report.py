@@ -44,7 +44,6 @@ _BETA = "optimizer.noise_decay"
 _STARTS = {
     "optimizer.initial_covariance": "initial covariance p₀",
     "optimizer.prior_variance": "prior variance of a logit v",
-    "optimizer.adapter_variance": "variance of the adapter's factors κ",
 }
 _STYLE: Any = {
     "axes.spines.top": False,
