@@ -856,11 +856,10 @@ class LoKO(torch.optim.Optimizer):
         saved = dict(state_dict)
         loaded = saved.pop("filter", None)
         counters = {f.name for f in fields(_Counters)}
-        if loaded is None:
-            raise ValueError("this is not a state of LoKO: it has no 'filter' entry")
-        if set(loaded) != set(_STATE_KEYS) or set(loaded["counters"]) != counters:
+        if loaded is None or set(loaded) != set(_STATE_KEYS) or set(loaded["counters"]) != counters:
             raise ValueError(
-                "the 'filter' entry of this state is not complete, or was saved by another version of loko"
+                "this is not a state of LoKO, or one that another version of loko saved: its 'filter' entry is missing "
+                "or not complete"
             )
         if loaded["parameters"] != self._layout():
             differing = [
