@@ -68,7 +68,10 @@ class LokoConfig(_Strict):
         description="loko, or a gradient optimizer: adamw, adagrad, sgd, muon, lora_plus, lora_fa, riemannian, "
         "schedule_free, lora_rite, soap, ivon",
     )
-    covariance: Literal["low_rank", "diagonal"] = Field("low_rank", description="kind of parameter covariance")
+    covariance: Literal["low_rank", "diagonal", "block_diagonal"] = Field(
+        "low_rank",
+        description="kind of parameter covariance; block_diagonal (a block a tensor) for small models, one worker",
+    )
     rank: int = Field(16, ge=0, description="rank L of low_rank")
     direction_decay: float = Field(
         0.95, ge=0, le=1, description="share φ of low_rank's directions kept a step; the rest goes into the diagonal"

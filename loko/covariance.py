@@ -1,4 +1,4 @@
-"""Kinds of parameter covariance behind one interface: the paper's diagonal, and low rank plus diagonal.
+"""Kinds of parameter covariance behind one interface: the paper's diagonal, low rank plus diagonal, blocks.
 
 A covariance is an immutable value on the flat vector of trainable parameters (or on one rank's slice of it). A step is
 
@@ -17,7 +17,7 @@ filter hands in an all-reduce. Whatever is a choice that rounding could make oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from loko.rows import Jacobian
 __all__ = [
     "COVARIANCES",
     "FLOOR",
+    "BlockDiagonal",
     "Covariance",
     "Diagonal",
     "LowRank",
@@ -91,7 +92,7 @@ class Covariance(Protocol):
     """A covariance of n parameters. ``state()`` is a dict of tensors that ``from_state`` of the same class reads."""
 
     @classmethod
-    def start(cls, variance: Tensor, rank: int) -> Covariance: ...
+    def start(cls, variance: Tensor, rank: int, sizes: Sequence[int] = ()) -> Covariance: ...
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Covariance: ...
     def predict(
@@ -115,8 +116,8 @@ class Diagonal:
     variance: Tensor
 
     @classmethod
-    def start(cls, variance: Tensor, rank: int) -> Diagonal:
-        """The diagonal has no rank; the argument keeps the constructors alike."""
+    def start(cls, variance: Tensor, rank: int, sizes: Sequence[int] = ()) -> Diagonal:
+        """The diagonal has neither rank nor blocks; the arguments keep the constructors alike."""
         return cls(variance)
 
     def predict(self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone) -> Diagonal:
@@ -203,7 +204,7 @@ class LowRank:
     factor: Tensor
 
     @classmethod
-    def start(cls, variance: Tensor, rank: int) -> LowRank:
+    def start(cls, variance: Tensor, rank: int, sizes: Sequence[int] = ()) -> LowRank:
         """A diagonal start from variances (n,), with room for ``rank`` directions."""
         return cls(1.0 / variance, variance.new_zeros(rank, len(variance)))
 
@@ -391,7 +392,117 @@ class LowRankProjection:
         return LowRank(precision.clamp_max_(1.0 / FLOOR), factor)
 
 
-COVARIANCES: dict[str, type[Covariance]] = {"diagonal": Diagonal, "low_rank": LowRank}
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """P = blockdiag(P₁, P₂, …), a full block for each tensor of parameters: what low rank is measured against.
+
+    Exact within a tensor, blind between tensors. A block has the square of its tensor's numbers: of a LoRA factor with
+    3,072 of them 38 MB, so this is for small models, and for one rank, whose slice no block is cut by.
+
+    Attributes:
+        columns: (b, n), b the largest block: column j holds the covariances of parameter j with those of its tensor, in
+            their order, and zeros below.
+        place: where each parameter stands in its tensor, (n,), of the dtype of P.
+    """
+
+    columns: Tensor
+    place: Tensor
+
+    @classmethod
+    def start(cls, variance: Tensor, rank: int, sizes: Sequence[int] = ()) -> BlockDiagonal:
+        """A diagonal start from variances (n,), in blocks of ``sizes``; none: one block."""
+        sizes = sizes or [len(variance)]
+        place = torch.cat([torch.arange(size, device=variance.device) for size in sizes])
+        columns = variance.new_zeros(max(sizes), len(variance))
+        return cls(columns.scatter_(0, place[None], variance[None]), place.to(variance.dtype))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns, and their block (b, b), a view."""
+        firsts = (self.place == 0).nonzero().flatten().tolist()
+        for first, stop in zip(firsts, [*firsts[1:], len(self.place)], strict=True):
+            yield slice(first, stop), self.columns[: stop - first, first:stop]
+
+    def predict(
+        self, forgetting: Tensor | float, process_noise: Tensor | float, reduce: Reduce = alone
+    ) -> BlockDiagonal:
+        """``P ← P / λ + diag(q)``; λ and q are scalars, or (n,) and the same within a tensor."""
+        columns = self.columns / forgetting
+        index = self.place.long()[None]
+        variance = (columns.gather(0, index)[0] + process_noise).clamp_max_(CEILING)
+        return BlockDiagonal(columns.scatter_(0, index, variance[None]), self.place)
+
+    def rescale(self, factors: Tensor) -> BlockDiagonal:
+        """``F^½ P F^½`` for F = diag(factors), (n,), positive: every variance times its factor."""
+        columns = torch.zeros_like(self.columns)
+        for own, block in self.blocks():
+            root = factors[own].sqrt()
+            columns[: len(block), own] = root[:, None] * block * root
+        return BlockDiagonal(columns, self.place)
+
+    def project(self, jacobian: Jacobian, reduce: Reduce = alone, same: Reduce = alone) -> BlockProjection:
+        """Look at this covariance through J, (N, n)."""
+        seen = jacobian.new_empty(len(jacobian), len(self.place))
+        outputs = jacobian.new_zeros(len(jacobian), len(jacobian), dtype=torch.float64)
+        for own, block in self.blocks():
+            rows = jacobian[:, own]
+            seen[:, own] = rows @ block
+            outputs += seen[:, own] @ rows.mT
+        return BlockProjection(self, seen, (outputs + outputs.mT) / 2)
+
+    def marginal(self, reduce: Reduce = alone) -> Tensor:
+        """Variance of every parameter, (n,)."""
+        return self.columns.gather(0, self.place.long()[None])[0]
+
+    def state(self) -> dict[str, Tensor]:
+        return {"columns": self.columns, "place": self.place}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> BlockDiagonal:
+        return cls(**state)
+
+    def at_floor(self) -> Tensor:
+        """How many variances are held at the floor."""
+        return (self.marginal() <= FLOOR).sum()
+
+
+@dataclass(frozen=True)
+class BlockProjection:
+    """A covariance of blocks seen through J; ``seen`` is J P, (N, n)."""
+
+    covariance: BlockDiagonal
+    seen: Tensor
+    outputs: Tensor
+
+    def mean_step(self, weights: Tensor) -> Tensor:
+        """``P Jᵀ w`` for w (N,), or for several (k, N): (n,), or (k, n)."""
+        return weights.to(self.seen.dtype) @ self.seen
+
+    def condition(self, innovation: Innovation, decay: float = 1.0) -> BlockDiagonal:
+        """The blocks of the exact posterior ``P − (L⁻¹ G J P)ᵀ (L⁻¹ G J P)``, ``L Lᵀ = I + G K Gᵀ``.
+
+        Args:
+            innovation: of the batch.
+            decay: φ in [0, 1]: the share of the covariances between parameters that is kept; variances stay.
+        """
+        root = innovation.root
+        identity = torch.eye(len(self.outputs), dtype=root.dtype, device=root.device)
+        rows = torch.linalg.solve_triangular(innovation.factor, times_blocks(root, identity), upper=False)
+        shrink = rows.to(self.seen.dtype) @ self.seen
+        columns = torch.zeros_like(self.covariance.columns)
+        before = self.covariance.marginal()
+        eps = torch.finfo(before.dtype).eps  # as in the diagonal: no variance shrinks further than it can know
+        variance = torch.maximum(before - shrink.square().sum(0), eps * before).clamp_min_(FLOOR)
+        for own, block in self.covariance.blocks():
+            columns[: len(block), own] = decay * torch.addmm(block, shrink[:, own].mT, shrink[:, own], alpha=-1.0)
+        place = self.covariance.place
+        return BlockDiagonal(columns.scatter_(0, place.long()[None], variance[None]), place)
+
+
+COVARIANCES: dict[str, type[Covariance]] = {
+    "diagonal": Diagonal,
+    "low_rank": LowRank,
+    "block_diagonal": BlockDiagonal,
+}
 
 
 def initial_variance(count: int, scale: float, distribution: str, generator: torch.Generator) -> Tensor:

@@ -164,7 +164,8 @@ class LoKO(torch.optim.Optimizer):
         model: the module the closure runs; a PeftModel, or any module with some parameters trainable.
         params: parameters or named groups, as in ``torch.optim``; default: ``parameter_groups(model)``. A group may
             set ``initial_covariance``, ``forgetting`` and ``process_noise`` for itself.
-        covariance: ``low_rank`` (precision diag + rank L) or ``diagonal`` (the paper's).
+        covariance: ``low_rank`` (precision diag + rank L), ``diagonal`` (the paper's), or ``block_diagonal`` (a full
+            block for each tensor: for small models, on one worker).
         rank: L of ``low_rank``; 0 is the diagonal precision filter.
         direction_decay: φ in [0, 1]: the share of the directions of ``low_rank`` that is kept a step. The rest goes
             into the diagonal, so that the precision of each parameter stays what it was. 1 keeps them until stronger
@@ -329,7 +330,13 @@ class LoKO(torch.optim.Optimizer):
         device = self._params[0].device
         self._world = Exact(self._engine.size, group, device)
         variance = self._initial_variance(seed).to(device, self._engine.dtype)
-        self._covariance: Covariance = COVARIANCES[covariance].start(variance[self._world.own].clone(), rank)
+        if covariance == "block_diagonal" and self._world.world_size > 1:
+            raise ValueError(
+                "covariance = 'block_diagonal' does not go with several workers, whose slices would cut its blocks; "
+                "take 'low_rank' or 'diagonal'"
+            )
+        kind = COVARIANCES[covariance]
+        self._covariance: Covariance = kind.start(variance[self._world.own].clone(), rank, self._engine.sizes)
         self._scale = Scale(torch.zeros_like(variance[self._world.own])) if scale_adaptation > 0 else None
         self._trust = Trust.start(device) if prediction == "expected" and knows(self._observation) else None
         self._factors = torch.ones(len(self._params), dtype=torch.float64, device=device)

@@ -45,7 +45,7 @@ class Oracle:
     model: nn.Module
     names: Sequence[str]
     variance: Tensor
-    restriction: str = "full"  # full, diagonal (of P), precision (diagonal of P⁻¹), or truncated
+    restriction: str = "full"  # full, diagonal (of P), precision (diagonal of P⁻¹), blocks, or truncated
     rank: int = 0
     direction_decay: float = 1.0
     noise: str = "ema"
@@ -140,6 +140,10 @@ class Oracle:
             return posterior
         if self.restriction == "diagonal":
             return torch.diag(posterior.diagonal())
+        if self.restriction == "blocks":
+            sizes = [dict(self.model.named_parameters())[name].numel() for name in self.names]
+            within = torch.block_diag(*[torch.full((k, k), self.direction_decay, dtype=torch.float64) for k in sizes])
+            return posterior * within.fill_diagonal_(1.0)
         precision = torch.linalg.inv(posterior)
         if self.restriction == "precision":
             return torch.diag(1 / precision.diagonal())
@@ -165,6 +169,13 @@ def covariance_of(optimizer: torch.optim.Optimizer) -> Tensor:
     state = optimizer.state_dict()["filter"]["covariance"]
     if "variance" in state:
         return torch.diag(state["variance"].double())
+    if "columns" in state:
+        place, columns = state["place"].long().tolist(), state["columns"].double()
+        dense = torch.zeros(len(place), len(place), dtype=torch.float64)
+        for j, own in enumerate(place):
+            size = next((k for k in range(j + 1, len(place)) if place[k] == 0), len(place)) - (j - own)
+            dense[j - own : j - own + size, j] = columns[:size, j]
+        return dense
     factor = state["factor"].double()
     return torch.linalg.inv(torch.diag(state["precision"].double()) + factor.T @ factor)
 

@@ -140,6 +140,14 @@ def failing(rank: int, group: Any, where: str) -> str:
     return "learned"
 
 
+def refused(group: Any) -> str:
+    try:
+        LoKO(Tiny(3), covariance="block_diagonal", group=group)
+    except ValueError as error:
+        return str(error)
+    return "built"
+
+
 FAILURES = ("labels", "jacobian", "consensus")
 
 
@@ -152,6 +160,7 @@ def worker(rank: int, folder: str) -> None:
     if rank < 2:
         results[2] = [run(rank, 2, pair, case) for case in CASES]
         results["unlike"] = [unlike(rank, pair, case) for case in UNLIKE]
+        results["blocks"] = refused(pair)
         results["failing"] = {where: failing(rank, pair, where) for where in FAILURES}
     results["few"] = few_parameters(rank, dist.group.WORLD)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -199,6 +208,7 @@ def test_two_and_three_workers_are_one(tmp_path: Path) -> None:
         own, heard = ranks[1]["failing"][where], ranks[0]["failing"][where]
         assert own.startswith(kind)
         assert heard == f"PeerError: rank 1 of 2 failed, and with it all: {own}"
+    assert all("'block_diagonal' does not go with several workers" in ranks[rank]["blocks"] for rank in range(2))
     want = few_parameters(0, None)
     for results in ranks:
         close(results["few"], want)

@@ -23,6 +23,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # loko's settings, 
     "diagonal": ({"covariance": "diagonal"}, {"restriction": "diagonal"}),
     "full": ({"covariance": "low_rank", "rank": 100, "direction_decay": 1.0}, {"restriction": "full"}),
     "rank0": ({"covariance": "low_rank", "rank": 0}, {"restriction": "precision"}),
+    "blocks": (
+        {"covariance": "block_diagonal", "direction_decay": 0.9},
+        {"restriction": "blocks", "direction_decay": 0.9},
+    ),
     "rank3": (
         {"covariance": "low_rank", "rank": 3, "direction_decay": 0.8},
         {"restriction": "truncated", "rank": 3, "direction_decay": 0.8},

@@ -21,7 +21,12 @@ from tests.test_jacobian import ADAPTERS, adapted, bert, ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-COVARIANCES: list[dict[str, Any]] = [{"covariance": "diagonal"}, {"rank": 0}, {"rank": 4}]
+COVARIANCES: list[dict[str, Any]] = [
+    {"covariance": "diagonal"},
+    {"rank": 0},
+    {"rank": 4},
+    {"covariance": "block_diagonal"},
+]
 X, Y = rows("categorical", 3, 24)
 
 
