@@ -174,10 +174,7 @@ class DiagonalProjection:
 
         It has no directions, so there is none to decay.
         """
-        root = innovation.root
-        identity = torch.eye(len(self.outputs), dtype=root.dtype, device=root.device)
-        rows = torch.linalg.solve_triangular(innovation.factor, times_blocks(root, identity), upper=False)
-        rows = rows.to(self.jacobian.dtype)
+        rows = innovation.whitener.to(self.jacobian.dtype)
         variance = torch.empty_like(self.covariance.variance)
         for columns in _blocks(self.jacobian):
             before = self.covariance.variance[columns]
@@ -484,10 +481,7 @@ class BlockProjection:
             innovation: of the batch.
             decay: φ in [0, 1]: the share of the covariances between parameters that is kept; variances stay.
         """
-        root = innovation.root
-        identity = torch.eye(len(self.outputs), dtype=root.dtype, device=root.device)
-        rows = torch.linalg.solve_triangular(innovation.factor, times_blocks(root, identity), upper=False)
-        shrink = rows.to(self.seen.dtype) @ self.seen
+        shrink = innovation.whitener.to(self.seen.dtype) @ self.seen
         columns = torch.zeros_like(self.covariance.columns)
         before = self.covariance.marginal()
         eps = torch.finfo(before.dtype).eps  # as in the diagonal: no variance shrinks further than it can know

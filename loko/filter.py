@@ -80,6 +80,12 @@ class Innovation:
         return times_blocks(self.root.mT, torch.cholesky_solve(whitened, self.factor))[:, 0]
 
     @property
+    def whitener(self) -> Tensor:
+        """``L⁻¹ G``, (N, N), with ``L Lᵀ = I + G K Gᵀ``: the exact posterior is ``P − (L⁻¹ G J P)ᵀ (L⁻¹ G J P)``."""
+        identity = torch.eye(len(self.factor), dtype=self.root.dtype, device=self.root.device)
+        return torch.linalg.solve_triangular(self.factor, times_blocks(self.root, identity), upper=False)
+
+    @property
     def gain(self) -> Tensor:
         """The mean gain in output space (scalar, 0 to 1): the share of its innovation that the filter believes.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loko import LoKO
 from loko.adapters import Units
-from loko.covariance import Diagonal, LowRank, alone
+from loko.covariance import BlockDiagonal, Diagonal, LowRank, alone
 
 CPU = torch.device("cpu")
 
@@ -39,14 +39,13 @@ class Net(nn.Module):
         return out
 
 
-def net(**settings: Any) -> Any:
+def net() -> Any:
     config = LoraConfig(
         r=2,
         lora_alpha=6,
         target_modules=["conv", "grouped", "body", "table"],
         modules_to_save=["head"],
         lora_dropout=0.0,
-        **settings,
     )
     return get_peft_model(Net().double(), config).double().eval()
 
@@ -138,10 +137,9 @@ def test_how_a_is_scaled_does_not_matter(factor: float, scaling: float) -> None:
     assert found[key.format("B")] == pytest.approx(plain[key.format("B")] / (factor * scaling) ** 2, rel=1e-6)
 
 
-def first_step(model: Any, group: Any = None, rows: slice = slice(None), **settings: Any) -> LoKO:
-    settings = {"output_tolerance": 0.0, "scale_adaptation": 0.0, "group": group, **settings}
-    optimizer = LoKO(model, **settings)
-    optimizer.step(lambda: (model(X[rows]), Y[rows]))
+def first_step(model: Any, **settings: Any) -> LoKO:
+    optimizer = LoKO(model, output_tolerance=0.0, scale_adaptation=0.0, **settings)
+    optimizer.step(lambda: (model(X), Y))
     return optimizer
 
 
@@ -260,3 +258,15 @@ def test_rescaling_is_that_of_the_covariance(kind: Any) -> None:
         dense_after = torch.linalg.inv(torch.diag(after.precision) + after.factor.mT @ after.factor)
         torch.testing.assert_close(dense_after, factors.sqrt()[:, None] * dense * factors.sqrt())
     torch.testing.assert_close(covariance.rescale(factors).marginal(), factors * covariance.marginal())
+
+
+def test_rescaling_blocks_is_that_of_each_block() -> None:
+    root = torch.randn(7, 7, dtype=torch.float64)
+    dense = torch.block_diag((root @ root.mT)[:3, :3], (root @ root.mT)[3:, 3:])
+    start = BlockDiagonal.start(dense.diagonal(), 0, [3, 4])
+    columns = start.columns.clone()
+    columns[:3, :3], columns[:4, 3:] = dense[:3, :3], dense[3:, 3:]
+    factors = 0.5 + torch.rand(7, dtype=torch.float64)
+    wanted = factors.sqrt()[:, None] * dense * factors.sqrt()
+    for own, block in BlockDiagonal(columns, start.place).rescale(factors).blocks():
+        torch.testing.assert_close(block, wanted[own, own])
