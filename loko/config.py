@@ -112,6 +112,9 @@ class LokoConfig(_Strict):
     drift_adaptation: float = Field(
         0.0, ge=0, le=1, description="share of the start that P goes back to when innovations are larger than usual"
     )
+    drift_detector: Literal["adwin"] | None = Field(
+        None, description="detector of drift in the losses (needs river); drift_adaptation then waits for its alarm"
+    )
     process_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="variance q added a step")
     prediction: Literal["expected", "plug_in"] = Field(
         "expected", description="what is scored: labels as expected under P as far as that is trusted, or the outputs"

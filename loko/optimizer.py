@@ -16,6 +16,7 @@ from torch.nn.parameter import Parameter
 
 from loko.adapters import Units
 from loko.covariance import CEILING, COVARIANCES, FLOOR, Covariance, Projection, initial_variance, outward
+from loko.detection import DETECTORS, Detector, loss
 from loko.distributed import Exact, Ranks
 from loko.filter import Innovation, Linearization, cholesky, diagonal_blocks, whitened_innovation
 from loko.jacobian import JacobianEngine
@@ -55,7 +56,7 @@ _SETTLED = 20
 
 _BACKWARD: dict[str | None, torch.dtype | None] = {None: None, "bfloat16": torch.bfloat16}
 
-_STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale", "trust", "factors")
+_STATE_KEYS = ("parameters", "covariance", "noise", "counters", "scale", "trust", "factors", "detector")
 _GROUP_SETTINGS = ("initial_covariance", "forgetting", "process_noise")
 
 
@@ -102,12 +103,19 @@ class _Counters:
     recent: float = 0.0
     usual: float = 0.0
     gained: float = 0.0
+    drifts: int = 0
+    drift_row: int = 0
 
     def innovated(self, consistency: float, gain: float) -> None:
         """Take one batch's eᵀS⁻¹e / N into both running means, and its gain into that of the last few steps."""
         self.gained += (1 - _RECENT) * (gain - self.gained)
         self.recent += (1 - _RECENT) * (consistency - self.recent)
         self.usual += (1 - _USUAL) * (consistency - self.usual)
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the last rows were those at which the detector found a drift."""
+        return self.drifts > 0 and self.drift_row == self.rows
 
     @property
     def consistency(self) -> float:
@@ -200,6 +208,9 @@ class LoKO(torch.optim.Optimizer):
         drift_adaptation: α in [0, 1]. Above 0, a step that follows innovations larger than usual starts from
             ``(1 − a) P + a P₀`` with ``a = α · min(1, max(0, surprise − 1))``: P goes back towards the start, and never
             beyond it. 0 leaves P alone.
+        drift_detector: ``adwin`` (``loko.detection``; needs the library river) looks for a drift in the losses of the
+            steps, and says so in the log and in ``diagnostics``. With ``drift_adaptation`` above 0, a = α in the step
+            after its alarm and 0 in every other. None: no detector.
         process_noise: q ≥ 0, added to every variance a step.
         prediction: what ``step`` returns. ``expected``: outputs that say what the filter expects, with its uncertainty
             allowed for as far as that has proved right (``loko.trust``; with ``gaussian`` observations the model's
@@ -239,6 +250,7 @@ class LoKO(torch.optim.Optimizer):
         forgetting: float = 1.0,
         scale_adaptation: float = 0.2,
         drift_adaptation: float = 0.0,
+        drift_detector: Literal["adwin"] | None = None,
         process_noise: float = 0.0,
         prediction: Literal["expected", "plug_in"] = "expected",
         observation: str | ObservationModel = "categorical",
@@ -265,6 +277,8 @@ class LoKO(torch.optim.Optimizer):
         _in_range("jacobian_megabytes", jacobian_megabytes, jacobian_megabytes > 0, "> 0")
         if backward_dtype is not None:
             _one_of("backward_dtype", backward_dtype, ("bfloat16",))
+        if drift_detector is not None:
+            _one_of("drift_detector", drift_detector, DETECTORS)
         if isinstance(observation, str):
             _one_of("observation", observation, OBSERVATIONS)
         _in_range("max_skipped", max_skipped, max_skipped >= 0, ">= 0")
@@ -316,6 +330,7 @@ class LoKO(torch.optim.Optimizer):
             "backward_dtype": backward_dtype,
             "scale_adaptation": scale_adaptation,
             "drift_adaptation": drift_adaptation,
+            "drift_detector": drift_detector,
             "prediction": prediction,
             "observation": observation,
             "max_skipped": max_skipped,
@@ -339,6 +354,7 @@ class LoKO(torch.optim.Optimizer):
         self._covariance: Covariance = kind.start(variance[self._world.own].clone(), rank, self._engine.sizes)
         self._scale = Scale(torch.zeros_like(variance[self._world.own])) if scale_adaptation > 0 else None
         self._trust = Trust.start(device) if prediction == "expected" and knows(self._observation) else None
+        self._detector = Detector() if drift_detector is not None else None
         self._factors = torch.ones(len(self._params), dtype=torch.float64, device=device)
         self._noise_state: Tensor | None = None
         self._contrast: Tensor | None = None
@@ -602,6 +618,8 @@ class LoKO(torch.optim.Optimizer):
         self._noise_state = noise
         consistency = float(innovation.consistency) / observed.residual.numel()
         self._counters.innovated(consistency, float(innovation.gain))
+        if self._detector is not None:
+            self._detect(self._detector, pending, consistency)
         self._counters.jitters += innovation.jitters
         delta = self._world.gather_columns(delta)
         parts = [part.view_as(p) for part, p in zip(delta.split(self._engine.sizes), self._params, strict=True)]
@@ -620,6 +638,15 @@ class LoKO(torch.optim.Optimizer):
         self._trust = Trust(self._world.same(learned.weights))  # K numbers, where ``each`` is K for every label
         dtype = torch.promote_types(pending.outputs.dtype, torch.float32)
         return outputs_of(self._observation, mean)[pending.own].to(dtype)
+
+    def _detect(self, detector: Detector, pending: Pending, consistency: float) -> None:
+        """Show a batch that is learned to the detector."""
+        seen = loss(self._observation, pending.outputs, pending.labels, consistency)
+        shared = self._world.same(torch.tensor(seen, dtype=torch.float64, device=pending.outputs.device))
+        if detector.update(float(shared)):
+            self._counters.drifts += 1
+            self._counters.drift_row = self._counters.rows + len(pending.outputs)
+            log.warning("drift: the loss has risen beyond chance; seen at row %d", self._counters.drift_row)
 
     def _moved(self, jacobian: Jacobian) -> Tensor | None:
         """J h, (N,) float64: how a larger P so far would have moved the outputs. None without ``scale_adaptation``."""
@@ -697,10 +724,12 @@ class LoKO(torch.optim.Optimizer):
 
     def _drift_share(self) -> float:
         """How far P goes back towards its start before the next rows."""
-        if self._settings["drift_adaptation"] == 0 or self._counters.steps < _SETTLED:
+        most: float = self._settings["drift_adaptation"]
+        if self._detector is not None:
+            return most if self._counters.alarmed else 0.0
+        if most == 0 or self._counters.steps < _SETTLED:
             return 0.0
-        share: float = self._settings["drift_adaptation"] * min(1.0, max(0.0, self._counters.surprise - 1.0))
-        return share
+        return most * min(1.0, max(0.0, self._counters.surprise - 1.0))
 
     def _of_adapters(self, scale: float) -> Tensor:
         """What takes p₀ to the variance that each tensor starts with, √(ξ unit / p₀) where it has a unit, float64."""
@@ -787,7 +816,8 @@ class LoKO(torch.optim.Optimizer):
         predictions allow for, and ``confidence`` the factor on the outputs that they have instead: it falls below one
         after a drift. ``consistency`` is the running mean of the normalised innovation squared, eᵀS⁻¹e / N: about one
         when the filter is consistent, below where R is estimated too large (``ema`` counts H P Hᵀ twice). ``surprise``
-        is that of the last few steps over it: an alarm for drift.
+        is that of the last few steps over it: an alarm for drift. With a ``drift_detector``, ``drifts`` counts its
+        alarms and ``drift_row`` is how many rows were learned at the last one.
         """
         marginal = self._covariance.marginal(self._world.reduce)
         result = {
@@ -810,6 +840,8 @@ class LoKO(torch.optim.Optimizer):
             result["scale"] = math.exp(self._scale.log)
         if self._trust is not None:
             result |= {"trust": self._trust.share, "confidence": self._trust.confidence}
+        if self._detector is not None:
+            result |= {"drifts": float(self._counters.drifts), "drift_row": float(self._counters.drift_row)}
         if self._counters.steps > 0:
             counters = self._counters
             result |= {"consistency": counters.consistency, "surprise": counters.surprise, "gain": counters.gain}
@@ -846,6 +878,7 @@ class LoKO(torch.optim.Optimizer):
             "scale": None if self._scale is None else self._scale_state(self._scale),
             "trust": None if self._trust is None else self._trust.weights.clone(),
             "factors": self._factors.clone(),
+            "detector": None if self._detector is None else self._detector.state(),
         }
         return state
 
@@ -908,9 +941,16 @@ class LoKO(torch.optim.Optimizer):
             )
         if trust is not None and self._trust is not None and trust.shape != self._trust.weights.shape:
             raise ValueError("this state was saved by another version of loko, which mixed predictions in another way")
+        detector = loaded["detector"]
+        if (detector is None) is not (self._detector is None):
+            raise ValueError(
+                f"this state was saved {'without' if detector is None else 'with'} a drift_detector and LoKO was built "
+                f"{'with' if detector is None else 'without'}; build it with the settings the state was saved with"
+            )
         noise = loaded["noise"]
         tensors = [*given.values(), loaded["factors"], *(one for one in (noise, trust) if one is not None)]
         tensors += [] if scale is None else [scale["trace"]]
+        tensors += [] if detector is None else [detector]
         if not all(bool(torch.isfinite(value).all()) for value in tensors):
             raise ValueError("the state holds values that are not finite; take an earlier checkpoint")
         super().load_state_dict(saved)
@@ -923,6 +963,8 @@ class LoKO(torch.optim.Optimizer):
             self._scale = Scale(**{**scale, "trace": scale["trace"][self._world.own].to(some, copy=True)})
         if trust is not None:
             self._trust = Trust(trust.to(some.device, copy=True))
+        if detector is not None:
+            self._detector = Detector(detector.tolist())
         self._factors = loaded["factors"].to(some.device, copy=True)
         self._counters = _Counters(**loaded["counters"])
 

@@ -35,6 +35,7 @@ CASES: list[dict[str, Any]] = [
     {"rank": 4, "noise": "ema_residual", "process_noise": 1e-3},
     {"rank": 0, "noise": "categorical", "forgetting": 0.95},
     {"rank": 40, "noise": "fixed"},
+    {"rank": 4, "drift_detector": "adwin", "drift_adaptation": 0.5},
     {"rank": 4, "initial_covariance": "auto"},
     {"rank": 4, "initial_covariance": "auto", "adapter_variance": 50.0},
 ]
