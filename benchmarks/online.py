@@ -44,6 +44,7 @@ from loko.config import ExperimentConfig, validate
 from loko.learner import Learner
 from loko.tasks import Batch
 from ray_jobs import cluster, tune
+from ray_jobs.results import chosen
 from ray_jobs.settings import SearchConfig, with_values
 
 RESULTS = ROOT / "benchmarks" / "results" / "online"
@@ -118,9 +119,9 @@ def searched(stream: Stream, name: str, settings: Settings) -> Plain:
     }
     folder = ROOT / "results" / "online" / f"{stream.name}-{name}-{_digest(plain)}"
     config = validate(SearchConfig, {**plain, "results": str(folder)})
-    table = pd.read_parquet(Path(tune.run(config)) / "results.parquet")
-    last = table[table.status == "complete"].sort_values("rows").groupby("trial").tail(1)
-    best: Plain = json.loads(last.sort_values(config.search.metric).iloc[0].params)
+    found = chosen(config, pd.read_parquet(Path(tune.run(config)) / "results.parquet"), name)
+    assert found is not None
+    best: Plain = json.loads(found.run.params.iloc[0])
     return best
 
 

@@ -487,7 +487,8 @@ class BlockProjection:
         eps = torch.finfo(before.dtype).eps  # as in the diagonal: no variance shrinks further than it can know
         variance = torch.maximum(before - shrink.square().sum(0), eps * before).clamp_min_(FLOOR)
         for own, block in self.covariance.blocks():
-            columns[: len(block), own] = decay * torch.addmm(block, shrink[:, own].mT, shrink[:, own], alpha=-1.0)
+            less, kept = shrink[:, own], columns[: len(block), own]
+            torch.addmm(block, less.mT, less, beta=decay, alpha=-decay, out=kept)
         place = self.covariance.place
         return BlockDiagonal(columns.scatter_(0, place.long()[None], variance[None]), place)
 

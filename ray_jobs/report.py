@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from loko.config import ConfigError, validate
+from ray_jobs.choice import Choice
 from ray_jobs.cli import fail, make_app
 from ray_jobs.places import Place, below
-from ray_jobs.results import pareto
+from ray_jobs.results import chosen, pareto
 from ray_jobs.settings import SearchConfig, in_one_line
 from ray_jobs.study import distribution
 
@@ -88,14 +89,14 @@ class _Results:
         """accuracy, or mse for numbers."""
         return "accuracy" if "accuracy" in self.rungs else "mse"
 
+    def choice(self, candidate: str) -> Choice | None:
+        """What is taken of a candidate, or None if none of its trials came to the end."""
+        return chosen(self.config, self.rungs, candidate)
+
     def best_run(self, candidate: str) -> pd.DataFrame | None:
-        """Rungs of a candidate's best complete trial, or None if none came to the end."""
-        mine = self.rungs[(self.rungs.candidate == candidate) & (self.rungs.status == "complete")]
-        if mine.empty:
-            return None
-        final = mine.sort_values("rows").groupby("trial").tail(1)
-        winner = final.sort_values(self.metric).trial.iloc[0]
-        return self.rungs[self.rungs.trial == winner].sort_values("rows")
+        """Rungs of the trial that is taken of a candidate."""
+        choice = self.choice(candidate)
+        return None if choice is None else choice.run
 
     def color(self, candidate: str) -> str:
         """A candidate has the same colour in every plot."""
@@ -178,13 +179,14 @@ def _summary(results: _Results, candidate: str) -> dict[str, str]:
     }
     if results.config.search.budget is not None:
         row["rows learned"] = f"{learned:,}"
-    run = results.best_run(candidate)
-    last: Any = {} if run is None else run.iloc[-1].to_dict()
+    choice = results.choice(candidate)
+    last: Any = {} if choice is None else choice.run.iloc[-1].to_dict()
     quality = results.quality
     shown = ("nll", quality, "window_nll", f"window_{quality}", "heldout_nll", f"heldout_{quality}", "heldout_ece")
     row |= {key.replace("_", " "): _number(last.get(key)) for key in shown if key in results.rungs}
     row["ms a row"] = _number(1e3 * last["learn_seconds"] / last["rows"], 1) if last else ""
-    row["best settings"] = in_one_line(json.loads(last["params"]), 4) if last else "no trial came to the end"
+    settings = in_one_line(json.loads(last["params"]), 4) if last else "no trial came to the end"
+    row["best settings"] = f"{settings} ({choice.about})" if choice is not None and choice.about else settings
     return row
 
 
@@ -398,7 +400,7 @@ def _traces(results: _Results) -> Figure | None:
 _ABOUT = {
     "pareto": "Every complete trial. Ringed: those on the Pareto front; no other trial is better in every metric. "
     "Left of and below the line there is none.",
-    "online": "The best complete trial of each candidate. Every row is predicted and scored before it is learned. The "
+    "online": "The trial that is taken of each candidate. Every row is predicted and scored before it is learned. The "
     "dotted line is a predictor that sees labels only; dashed lines mark where the stream changes.",
     "landscape": "Every trial, coloured at the last rung that all of them reached. Thick rims: trials that ran to the "
     "end of the stream; thin rims: stopped early.",

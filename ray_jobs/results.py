@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import yaml
 from loko import online
 from loko.config import ExperimentConfig, validate
 from loko.tasks import save_adapter
+from ray_jobs.choice import Choice, choose
 from ray_jobs.halving import fronts
 from ray_jobs.places import below
 from ray_jobs.settings import SearchConfig
@@ -22,7 +24,7 @@ from ray_jobs.settings import SearchConfig
 if TYPE_CHECKING:  # the report has no need of Ray
     from ray import tune
 
-__all__ = ["collect", "pareto"]
+__all__ = ["chosen", "collect", "pareto"]
 
 _TUNE_COLUMNS = {
     "timestamp",
@@ -55,7 +57,7 @@ def collect(config: SearchConfig, folder: Path, location: str, grids: dict[str, 
         RuntimeError: no trial came to the end of the stream.
     """
     frames = []
-    best: tuple[float, str, tune.Result] | None = None
+    results: dict[str, tune.Result] = {}
     for candidate, grid in grids.items():
         for result in sorted(grid, key=lambda one: one.path):  # Tune's own order changes when a search goes on
             frame = result.metrics_dataframe
@@ -66,17 +68,17 @@ def collect(config: SearchConfig, folder: Path, location: str, grids: dict[str, 
             status = "failed" if result.error else "complete" if finished else "stopped"
             frame = frame.assign(candidate=candidate, trial=result.metrics["trial_id"], status=status)
             frames.append(frame.assign(params=json.dumps(result.config)))
-            score = float(result.metrics[config.search.metric])
-            if finished and not result.error and (best is None or score < best[0]):
-                best = (score, candidate, result)
-    if best is None:
+            results[result.metrics["trial_id"]] = result
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["candidate"])
+    found = {candidate: choice for candidate in grids if (choice := chosen(config, table, candidate)) is not None}
+    if not found:
         raise RuntimeError(
             f"no trial of {config.name} reached the end of the stream; the errors are in {below(location, 'tune')}"
         )
-    table = pd.concat(frames, ignore_index=True)
     kept = [c for c in table.columns if not c.startswith("config/") and c not in _TUNE_COLUMNS]
     pq.write_table(pa.Table.from_pandas(table[kept], preserve_index=False), folder / "results.parquet")
-    _write_best(config, folder, location, *best)
+    best = min(found, key=lambda candidate: _score(config, found[candidate]))
+    _write_best(config, folder, location, best, found[best], results[found[best].trial])
     if len(config.search.objectives) > 1:
         _write_pareto(config, folder, location, table)
 
@@ -90,10 +92,24 @@ def pareto(rungs: pd.DataFrame, objectives: list[str]) -> pd.DataFrame:
     return best.sort_values(objectives).reset_index(drop=True)
 
 
+def chosen(config: SearchConfig, rungs: pd.DataFrame, candidate: str) -> Choice | None:
+    """What is taken of a candidate; None if no trial of it came to the end."""
+    mine = rungs[rungs.candidate == candidate]
+    points = config.candidates[candidate].points
+    return None if mine.empty else choose(mine, config.search.metric, points, config.search.caution)
+
+
+def _score(config: SearchConfig, choice: Choice) -> float:
+    """NaN counts as the worst."""
+    score = float(choice.run[config.search.metric].iloc[-1])
+    return score if math.isfinite(score) else math.inf
+
+
 def _write_best(
-    config: SearchConfig, folder: Path, location: str, score: float, candidate: str, result: tune.Result
+    config: SearchConfig, folder: Path, location: str, candidate: str, choice: Choice, result: tune.Result
 ) -> None:
     plain = config.experiment_of(candidate, result.config or {})
+    score = float(choice.run[config.search.metric].iloc[-1])
     what = f"The winner of the search {config.name}: {candidate}, {config.search.metric} {score!r}."
     _write_experiment(folder / "best.yaml", below(location, "best.yaml"), what, plain)
     assert result.checkpoint is not None

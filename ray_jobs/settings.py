@@ -111,6 +111,13 @@ class SearchSettings(_Strict):
         min_length=2,
         description="several to minimise at once, such as [nll, seconds_per_row]; the first is metric, the winner's",
     )
+    caution: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="standard errors by which a trial must beat its candidate's first point to be taken instead; "
+        "0 takes the lowest",
+    )
     sampler: Literal["tpe", "gp", "nsga2", "random"] = Field(default="tpe", description="Optuna sampler")
     seed: int = Field(default=0, ge=0, description="seed of the sampler")
     asha: AshaConfig | None = Field(
