@@ -25,6 +25,7 @@ GAUGES = {
 COUNTERS = {
     "loko_rows": "rows learned",
     "loko_skipped_rows": "rows of batches that were skipped for not being finite",
+    "loko_drifts": "alarms of the change detector",
 }
 
 
@@ -42,20 +43,22 @@ class Monitor:
         self._labels = {tag: labels.get(tag, "") for tag in TAGS}
         self._gauges = {name: Gauge(name, description=text, tag_keys=TAGS) for name, text in GAUGES.items()}
         self._counters = {name: Counter(name, description=text, tag_keys=TAGS) for name, text in COUNTERS.items()}
-        self._rows, self._skipped = rows, None if rows else 0
+        self._told: dict[str, int] | None = None if rows else dict.fromkeys(COUNTERS, 0)
+        self._rows = rows
         self._since = time.perf_counter()
 
     def __call__(self, report: dict[str, Any]) -> None:
         """Take a report of the loop."""
-        now, rows, skipped = time.perf_counter(), int(report["rows"]), int(report.get("skipped_rows", 0))
+        now, rows = time.perf_counter(), int(report["rows"])
+        counts = {name: int(report.get(name.removeprefix("loko_"), 0)) for name in COUNTERS}
         values = {name: report.get(name.removeprefix("loko_")) for name in GAUGES}
         if rows > self._rows:
             values["loko_rows_per_second"] = (rows - self._rows) / (now - self._since)
         for name, value in values.items():
             if value is not None and math.isfinite(value):
                 self._gauges[name].set(float(value), self._labels)
-        before = skipped if self._skipped is None else self._skipped
-        for name, more in (("loko_rows", rows - self._rows), ("loko_skipped_rows", skipped - before)):
-            if more > 0:
-                self._counters[name].inc(more, self._labels)
-        self._rows, self._skipped, self._since = rows, skipped, now
+        before = {**(counts if self._told is None else self._told), "loko_rows": self._rows}
+        for name, count in counts.items():
+            if count > before[name]:
+                self._counters[name].inc(count - before[name], self._labels)
+        self._rows, self._told, self._since = rows, counts, now

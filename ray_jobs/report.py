@@ -276,6 +276,7 @@ def _online(results: _Results) -> Figure:
         if f"label_only_{key}" in some:
             axis.plot(some.rows, some[f"label_only_{key}"], color=_LABEL_ONLY, ls=":", label="label only")
         _mark_changes(axis, results)
+        _mark_alarms(axis, results)
         if key.endswith("nll"):
             shown = [line.get_ydata() for line in axis.lines if len(np.atleast_1d(line.get_ydata())) > 2]
             _limit(axis, np.concatenate([np.asarray(y, float) for y in shown] or [np.zeros(0)]))
@@ -308,6 +309,16 @@ def _mark_changes(axis: Axes, results: _Results) -> None:
             point["description"], (point["row"], 1), (4, -3), xycoords=("data", "axes fraction"),
             textcoords="offset points", rotation=90, va="top", fontsize=8, color="#495057",
         )  # fmt: skip
+
+
+def _mark_alarms(axis: Axes, results: _Results) -> None:
+    """Where a candidate's change detector sounded: the last alarm of each rung, on the edge."""
+    for name in results.config.candidates:
+        run = results.best_run(name)
+        if run is None or "drift_row" not in run:
+            continue
+        for row in run.drift_row[run.drift_row > 0].unique():
+            axis.plot(row, 0, "^", color=results.color(name), transform=axis.get_xaxis_transform(), clip_on=False, ms=7)
 
 
 def _shared_rung(results: _Results, candidate: str) -> pd.DataFrame:
@@ -401,7 +412,8 @@ _ABOUT = {
     "pareto": "Every complete trial. Ringed: those on the Pareto front; no other trial is better in every metric. "
     "Left of and below the line there is none.",
     "online": "The trial that is taken of each candidate. Every row is predicted and scored before it is learned. The "
-    "dotted line is a predictor that sees labels only; dashed lines mark where the stream changes.",
+    "dotted line is a predictor that sees labels only; dashed lines mark where the stream changes, triangles "
+    "where a change detector (drift_detector) sounded.",
     "landscape": "Every trial, coloured at the last rung that all of them reached. Thick rims: trials that ran to the "
     "end of the stream; thin rims: stopped early.",
     "importance": "Shares of the variance of the metric that each searched setting explains (fANOVA), over all trials "

@@ -110,7 +110,8 @@ def _write_best(
 ) -> None:
     plain = config.experiment_of(candidate, result.config or {})
     score = float(choice.run[config.search.metric].iloc[-1])
-    what = f"The winner of the search {config.name}: {candidate}, {config.search.metric} {score!r}."
+    about = f" ({choice.about})" if choice.about else ""
+    what = f"The winner of the search {config.name}: {candidate}, {config.search.metric} {score!r}{about}."
     _write_experiment(folder / "best.yaml", below(location, "best.yaml"), what, plain)
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as saved:

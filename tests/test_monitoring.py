@@ -61,8 +61,8 @@ def test_a_resumed_run_counts_only_what_is_new(values: dict[str, float]) -> None
     monitor(report(200, skipped_rows=8.0))  # the rung that it goes on from is reported again
     assert "loko_rows" not in values
     assert "loko_rows_per_second" not in values
-    monitor(report(250, skipped_rows=12.0))
-    assert (values["loko_rows"], values["loko_skipped_rows"]) == (50, 4)
+    monitor(report(250, skipped_rows=12.0, drifts=1.0))
+    assert (values["loko_rows"], values["loko_skipped_rows"], values["loko_drifts"]) == (50, 4, 1)
 
 
 def test_the_dashboard_asks_for_what_is_exported() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,43 @@ def test_numbers_instead_of_classes(results: Path, tmp_path: Path) -> None:
     page = rewritten(results, tmp_path / "mse", mse)
     assert "window mse" in page
     assert "accuracy" not in page
+
+
+def test_alarms_of_a_detector_are_marked(results: Path) -> None:
+    """At the row of each, in the candidate's colour, below the curves of all four panels."""
+    read = report._read(results)
+    alarm = (read.rungs.candidate == "loko") & (read.rungs.rows >= 30)
+    marked = replace(read, rungs=read.rungs.assign(drift_row=alarm.map({True: 24.0, False: 0.0})))
+    figure = report._online(marked)
+    assert figure is not None
+    for axis in figure.axes:
+        found = [line for line in axis.lines if line.get_marker() == "^"]
+        assert [(*line.get_xdata(), line.get_color()) for line in found] == [(24.0, read.color("loko"))]
+
+
+def test_the_page_says_that_the_first_point_stayed(results: Path, tmp_path: Path) -> None:
+    """The lowest trial, which owes it to chance, is named; its figures are not those of the table."""
+
+    def luck(rungs: pd.DataFrame) -> pd.DataFrame:
+        """Trial 1 is where trial 0 is, give or take, and a hair lower at the end."""
+        first = rungs[rungs.trial == "loko0"]
+        lucky = first.assign(trial="loko1", params=json.dumps(TRIALS["loko"][1]))
+        lucky["nll"] += [0.05 * (-1) ** i for i in range(len(first) - 1)] + [-1e-4]
+        return pd.concat([rungs[~rungs.trial.str.match("loko[123]")], lucky])
+
+    folder = tmp_path / "lucky"
+    shutil.copytree(results, folder)
+    luck(pd.read_parquet(results / "results.parquet")).to_parquet(folder / "results.parquet")
+    plain = yaml.safe_load((results / "search.yaml").read_text())
+    plain["candidates"]["loko"]["points"] = [TRIALS["loko"][0]]
+    (folder / "search.yaml").write_text(yaml.safe_dump(plain))
+    report.write(folder, Console(quiet=True))
+    page = (folder / "report.html").read_text()
+    assert "initial_covariance 0.3, noise_decay 0.95 (the first point; the lowest trial is better by 0.0001 ±" in page
+    plain["search"]["caution"] = 0.0
+    (folder / "search.yaml").write_text(yaml.safe_dump(plain))
+    report.write(folder, Console(quiet=True))
+    assert (
+        "initial_covariance 0.03, noise_decay 0.6 (better than the first point by 0.0001 ±"
+        in (folder / "report.html").read_text()
+    )

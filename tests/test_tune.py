@@ -24,6 +24,7 @@ from loko import online
 from loko.config import ConfigError, ExperimentConfig, validate
 from loko.tasks.models import load_backbone
 from ray_jobs import tune
+from ray_jobs.results import chosen
 from ray_jobs.settings import SearchConfig, read
 
 pytestmark = pytest.mark.ray
@@ -104,19 +105,20 @@ def test_the_winner_is_the_best_that_came_to_the_end(searched: tuple[Path, subpr
     folder, _ = searched
     results = folder / "results"
     rungs = pd.read_parquet(results / "results.parquet")
-    best = rungs[rungs.finished].sort_values("nll").iloc[0]
+    config = read(SearchConfig, folder / "search.yaml", [])
+    taken = [choice for name in config.candidates if (choice := chosen(config, rungs, name)) is not None]
+    best = min((choice.run.iloc[-1] for choice in taken), key=lambda last: last.nll)
     text = (results / "best.yaml").read_text()
     assert text.startswith(f"# The winner of the search tiny: {best.candidate}, nll {float(best.nll)!r}")
     assert "python -m ray_jobs.train" in text
-    config = read(ExperimentConfig, results / "best.yaml", [])
-    plain = read(SearchConfig, folder / "search.yaml", []).experiment_of(best.candidate, json.loads(best.params))
-    assert config == validate(ExperimentConfig, plain)
+    won = read(ExperimentConfig, results / "best.yaml", [])
+    assert won == validate(ExperimentConfig, config.experiment_of(best.candidate, json.loads(best.params)))
     # The loop alone, without Ray, comes to the same.
-    run = online.start(config)
+    run = online.start(won)
     *_, last = online.advance(run)
     assert last["nll"] == pytest.approx(best.nll, abs=1e-12)
     # And what it learned is in the adapter, which plain PEFT loads.
-    model = peft.PeftModel.from_pretrained(load_backbone(config.task), str(results / "adapter"))
+    model = peft.PeftModel.from_pretrained(load_backbone(won.task), str(results / "adapter"))
     batch = run.task.collate(next(run.stream.batches(16)))
     with torch.no_grad():
         # The head of another seed is replaced by the saved one; the frozen body is that of the same seed.
