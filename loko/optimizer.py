@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -521,7 +521,9 @@ class LoKO(torch.optim.Optimizer):
         calibrated = calibrated and self._counters.steps > 0
         factor = self._counters.consistency if calibrated else 1.0
         if calibrated and self._trust is not None:
-            mean = self._trust.mix(expected(self._observation, seen, lift, observed))
+            mean = self._trust.mix(
+                expected(self._observation, seen, lift, observed, self._trust.usual(self._observation))
+            )
             return Prediction(seen, covariance, factor, mean, self._observation.link(mean))
         noise = self._noise_state if self._noise.on_outputs else None
         found = self._observation.expect(seen, factor * covariance, None if noise is None else factor * noise)
@@ -632,10 +634,11 @@ class LoKO(torch.optim.Optimizer):
             return pending.outputs[pending.own]
         lift = torch.linalg.pinv(pending.known.to(prior))
         known = diagonal_blocks(prior, pending.directions.shape[-2])[:, : pending.free, : pending.free]
-        each = expected(self._observation, pending.outputs, lift, known)
+        each = expected(self._observation, pending.outputs, lift, known, self._trust.usual(self._observation))
         mean = self._trust.mix(each)
         learned = self._trust.learned(each, self._observation, pending.labels)
-        self._trust = Trust(self._world.same(learned.weights))  # K numbers, where ``each`` is K for every label
+        weights = self._world.same(learned.weights)  # K numbers, where ``each`` is K for every label
+        self._trust = replace(learned, weights=weights)
         dtype = torch.promote_types(pending.outputs.dtype, torch.float32)
         return outputs_of(self._observation, mean)[pending.own].to(dtype)
 
@@ -876,7 +879,7 @@ class LoKO(torch.optim.Optimizer):
             "noise": None if self._noise_state is None else self._noise_state.clone(),
             "counters": {f.name: getattr(self._counters, f.name) for f in fields(_Counters)},
             "scale": None if self._scale is None else self._scale_state(self._scale),
-            "trust": None if self._trust is None else self._trust.weights.clone(),
+            "trust": None if self._trust is None else self._trust.state(),
             "factors": self._factors.clone(),
             "detector": None if self._detector is None else self._detector.state(),
         }
@@ -939,7 +942,7 @@ class LoKO(torch.optim.Optimizer):
                 f"this state was saved with prediction = {theirs!r} and LoKO was built with {ours!r}; build it with "
                 "the settings the state was saved with"
             )
-        if trust is not None and self._trust is not None and trust.shape != self._trust.weights.shape:
+        if trust is not None and self._trust is not None and trust["weights"].shape != self._trust.weights.shape:
             raise ValueError("this state was saved by another version of loko, which mixed predictions in another way")
         detector = loaded["detector"]
         if (detector is None) is not (self._detector is None):
@@ -948,7 +951,8 @@ class LoKO(torch.optim.Optimizer):
                 f"{'with' if detector is None else 'without'}; build it with the settings the state was saved with"
             )
         noise = loaded["noise"]
-        tensors = [*given.values(), loaded["factors"], *(one for one in (noise, trust) if one is not None)]
+        tensors = [*given.values(), loaded["factors"], *([] if noise is None else [noise])]
+        tensors += [] if trust is None else [trust["weights"], trust["labels"]]
         tensors += [] if scale is None else [scale["trace"]]
         tensors += [] if detector is None else [detector]
         if not all(bool(torch.isfinite(value).all()) for value in tensors):
@@ -962,7 +966,7 @@ class LoKO(torch.optim.Optimizer):
         if scale is not None:
             self._scale = Scale(**{**scale, "trace": scale["trace"][self._world.own].to(some, copy=True)})
         if trust is not None:
-            self._trust = Trust(trust.to(some.device, copy=True))
+            self._trust = Trust.from_state(trust, some.device)
         if detector is not None:
             self._detector = Detector(detector.tolist())
         self._factors = loaded["factors"].to(some.device, copy=True)

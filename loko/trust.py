@@ -6,7 +6,7 @@ noise and the scale (``loko.scale``) make it wider than that by factors from one
 model is wrong in a way that P has no room for: what it then is most certain of, it should say with less confidence. So
 the prediction is a mixture of experts k, which allow for shares c of P or have another confidence a,
 
-    p(y) = Σ_k w_k p_k(y),      p_k = E[π(z)], z ~ N(f(θ), c J P Jᵀ),   or   p_k = π(a f(θ))
+    p(y) = Σ_k w_k p_k(y),      p_k = E[π(z)], z ~ N(f(θ), c J P Jᵀ),   or   p_k = π(a f(θ) + (1 − a)⁺ b)
 
     w ∝ w^ρ p_k(y of the batch),   then   w ← (1 − α) w + α / number of experts
 
@@ -14,12 +14,17 @@ which is Bayesian model averaging with forgetting (Raftery, Kárný and Ettler 2
 all, as for experts that take turns (Herbster and Warmuth 1998, Machine Learning 32): an expert that was the worst for
 long is back within a few rows. For ρ = 1, a row a batch, and experts that change k times in T batches, the log loss is
 within (k + 1) log(12 / α) + T log(1 / (1 − α)) of theirs. The prediction at the mean, c = 0 and a = 1, is one of them.
+
+Less confidence means to fall back on what is known without the inputs: b are the outputs that say no more than how
+frequent each label has been, by Laplace's rule. Where labels are unbalanced, flat predictions would claim that they are
+not.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +43,9 @@ CONFIDENCES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 5 / 4, 3 / 2)
 _MEMORY, _TURN = 0.95, 0.01
 """ρ and α, a batch."""
 
+_LASTING = 0.995
+"""Discount of the frequencies of the labels, a batch."""
+
 _LEAST = 1e-12
 """Smallest probability: no expert may be ruled out by one row."""
 
@@ -48,15 +56,30 @@ class Trust:
 
     Attributes:
         weights: w, (K,) float64, first of ``SHARES``, then of ``CONFIDENCES``.
+        labels: discounted sum of the labels so far, (C,) float64; empty before the first batch.
+        rows: of how many rows, discounted alike.
     """
 
     weights: Tensor
+    labels: Tensor
+    rows: float = 0.0
 
     @classmethod
     def start(cls, device: torch.device) -> Trust:
         """All experts alike."""
         count = len(SHARES) + len(CONFIDENCES)
-        return cls(torch.full((count,), 1 / count, dtype=torch.float64, device=device))
+        weights = torch.full((count,), 1 / count, dtype=torch.float64, device=device)
+        return cls(weights, weights.new_zeros(0))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"weights": self.weights.clone(), "labels": self.labels.clone(), "rows": self.rows}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Trust:
+        """What ``state`` gave."""
+        weights, labels = (state[key].to(device, copy=True) for key in ("weights", "labels"))
+        return cls(weights, labels, float(state["rows"]))
 
     @property
     def share(self) -> float:
@@ -69,6 +92,14 @@ class Trust:
         of_shares = float(self.weights[: len(SHARES)].sum())
         return of_shares + float(self.weights[len(SHARES) :] @ self.weights.new_tensor(CONFIDENCES))
 
+    def usual(self, model: ObservationModel) -> Tensor:
+        """b: outputs (C,) that say how frequent each label has been, and nothing else. Before the first batch: 0."""
+        if not len(self.labels):
+            return self.labels.new_zeros(1)
+        if isinstance(model, Categorical):
+            return (self.labels + 1).log() - math.log(self.rows + len(self.labels))
+        return ((self.labels + 1) / (self.rows + 2)).logit()
+
     def mix(self, each: Tensor) -> Tensor:
         """Expected label (B, C) from those of each expert (K, B, C)."""
         return torch.tensordot(self.weights, each, 1)
@@ -80,7 +111,9 @@ class Trust:
         if isinstance(model, Bernoulli):
             likely = likely + (1 - target) * (1 - each).clamp_min(_LEAST).log()
         weights = (_MEMORY * self.weights.log() + likely.sum((1, 2))).softmax(0)
-        return Trust((1 - _TURN) * weights + _TURN / len(weights))
+        seen = target.sum(0)
+        labels = _LASTING * self.labels + seen if len(self.labels) else seen
+        return Trust((1 - _TURN) * weights + _TURN / len(weights), labels, _LASTING * self.rows + len(target))
 
 
 def knows(model: ObservationModel) -> bool:
@@ -88,7 +121,7 @@ def knows(model: ObservationModel) -> bool:
     return isinstance(model, Categorical | Bernoulli)
 
 
-def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance: Tensor) -> Tensor:
+def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance: Tensor, usual: Tensor) -> Tensor:
     """The label that each expert expects, (K, B, C) float64.
 
     Args:
@@ -96,6 +129,7 @@ def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance:
         outputs: (B, C).
         lift: what carries the observed directions to the outputs, (C, m) or (B, C, m). Other outputs count as certain.
         covariance: of the observed directions, K of each row, (B, m, m).
+        usual: b of ``Trust.usual``, (C,).
     """
     if isinstance(model, Categorical):
         of_shares = _expected_classes(outputs.double(), lift.expand(len(outputs), -1, -1), covariance)
@@ -104,7 +138,8 @@ def expected(model: ObservationModel, outputs: Tensor, lift: Tensor, covariance:
         uncertain = variance > 0  # of very many labels few are observed
         each = outputs.double().expand_as(variance)
         of_shares = each.sigmoid().masked_scatter(uncertain, expected_sigmoid(each[uncertain], variance[uncertain]))
-    return torch.cat([of_shares, torch.stack([model.full_mean(factor * outputs) for factor in CONFIDENCES])])
+    of_confidences = [model.full_mean(a * outputs.double() + max(0.0, 1 - a) * usual) for a in CONFIDENCES]
+    return torch.cat([of_shares, torch.stack(of_confidences)])
 
 
 def _expected_classes(outputs: Tensor, lift: Tensor, covariance: Tensor) -> Tensor:
