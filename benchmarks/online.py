@@ -114,6 +114,7 @@ def searched(stream: Stream, name: str, settings: Settings) -> Plain:
         "search": {
             "trials": settings.trials,
             "concurrent": 1,
+            "caution": 0.0,  # of every optimizer the lowest: the first points of most are no more than customary
             "asha": {"grace_rows": max(1, part.rows // 3 // EVERY) * EVERY, "reduction_factor": 3},
         },
     }
@@ -263,7 +264,7 @@ def main(
     json_: Annotated[Path | None, typer.Option("--json", help="write goals and table here")] = None,
     full: Annotated[bool, typer.Option(help="the paper's scale: hub models, more rows; for a GPU")] = False,
     trials: Annotated[int | None, typer.Option(help="Optuna trials an optimizer; 8, full: 30")] = None,
-    orders: Annotated[int, typer.Option(help="orders of the rows")] = 4,
+    orders: Annotated[int, typer.Option(help="orders of the rows")] = 6,
     rows: Annotated[int | None, typer.Option(help="most rows of a search and of a comparison")] = None,
     streams_: Annotated[str, typer.Option("--streams", help="comma-separated; default: all")] = "",
     optimizers: Annotated[str, typer.Option(help="comma-separated; default: all")] = "",
