@@ -52,6 +52,12 @@ class Consensus:
                     f"sync_every does not go with {key} = {optimizer.settings[key]:g}: each rank would follow its own "
                     f"rows, and the posteriors have to share their prior; set {key}: 0"
                 )
+        detector = optimizer.settings["drift_detector"]
+        if detector is not None:
+            raise ValueError(
+                f"sync_every does not go with drift_detector = {detector!r}: each rank would hear its own rows only; "
+                "leave it out"
+            )
         if optimizer.settings["prediction"] != "plug_in":
             raise ValueError(
                 "sync_every does not go with prediction = 'expected': each rank would learn from its own rows how far "

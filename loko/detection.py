@@ -2,8 +2,11 @@
 
 The innovation test (``diagnostics()["surprise"]``) compares the last few steps with the last hundred. ADWIN (Bifet and
 Gavaldà 2007, doi 10.1137/1.9781611972771.42) keeps a window of all losses since the last change, and drops its older
-part as soon as any two parts of it differ by more than chance allows, at confidence 1 − δ. A loss that falls is
-learning, and shortens the window without a word; one that rises is a drift, and the window begins anew.
+part as soon as any two parts of it differ by more than chance allows. A loss that falls is learning, and shortens the
+window without a word; one that rises is a drift, and the window begins anew.
+
+The bound holds for losses in [0, 1]. Others it takes by their variance, and the wider they scatter the more often it
+sounds for nothing: of 60 times 1,000 steps of normal noise none with standard deviation 0.2, 3 with 0.5, 7 with 2.
 """
 
 from __future__ import annotations
@@ -29,6 +32,12 @@ DETECTORS = ("adwin",)
 _DELTA = 0.05
 """δ. The bound is wide: on the streams of docs/drift.md nothing was heard without a change, at 0.2 neither."""
 
+_LEAST = 1e-12
+"""Smallest probability of a label: one row must not be worth all others."""
+
+_LATELY = 10
+"""Steps whose mean loss says whether the losses have risen or fallen."""
+
 _LONGEST = 10_000
 """Losses kept at most; half of them go when there are more."""
 
@@ -40,7 +49,7 @@ class Detector:
         losses: those of the steps so far.
 
     Raises:
-        ImportError: river is not installed.
+        ValueError: river is not installed.
     """
 
     def __init__(self, losses: Iterable[float] = ()) -> None:
@@ -63,7 +72,7 @@ class Detector:
             return False
         width = int(self._adwin.width)
         before, after = self._losses[:-width], self._losses[-width:]
-        risen = fmean(after) > fmean(before)
+        risen = fmean(after[-_LATELY:]) > fmean(before)  # ADWIN may keep much from before a fall
         self._begin([] if risen else after)  # what is left of the time before a rise would be heard as one again
         return risen
 
@@ -76,7 +85,7 @@ def _adwin() -> ADWIN:
     try:
         from river.drift import ADWIN
     except ImportError:
-        raise ImportError("drift_detector = 'adwin' needs the library river: pip install 'loko[drift]'") from None
+        raise ValueError("drift_detector = 'adwin' needs the library river: pip install 'loko[drift]'") from None
     return ADWIN(delta=_DELTA, clock=1)  # looked at every step: there are few
 
 
@@ -95,9 +104,9 @@ def loss(model: ObservationModel, outputs: Tensor, labels: Tensor, consistency: 
         that drift by themselves.
     """
     if not isinstance(model, Categorical | Bernoulli):
-        return math.log1p(consistency)
+        return math.log1p(max(0.0, consistency))
     logits = outputs.double()
     target = model.full_target(labels, logits.shape[1]).to(logits)
-    if isinstance(model, Categorical):
-        return float(-(target * logits.log_softmax(1)).sum(1).mean())
-    return float(F.binary_cross_entropy_with_logits(logits, target))
+    if isinstance(model, Categorical):  # xlogy: a class that is masked, and not the label, counts nothing
+        return float(-torch.xlogy(target, logits.softmax(1).clamp_min(_LEAST)).sum(1).mean())
+    return float(F.binary_cross_entropy(logits.sigmoid().clamp(_LEAST, 1 - _LEAST), target))

@@ -104,6 +104,7 @@ class _Counters:
     usual: float = 0.0
     gained: float = 0.0
     drifts: int = 0
+    drift_step: int = 0
     drift_row: int = 0
 
     def innovated(self, consistency: float, gain: float) -> None:
@@ -114,8 +115,8 @@ class _Counters:
 
     @property
     def alarmed(self) -> bool:
-        """Whether the last rows were those at which the detector found a drift."""
-        return self.drifts > 0 and self.drift_row == self.rows
+        """Whether the detector found a drift in the last step."""
+        return self.drifts > 0 and self.drift_step == self.steps
 
     @property
     def consistency(self) -> float:
@@ -645,11 +646,13 @@ class LoKO(torch.optim.Optimizer):
     def _detect(self, detector: Detector, pending: Pending, consistency: float) -> None:
         """Show a batch that is learned to the detector."""
         seen = loss(self._observation, pending.outputs, pending.labels, consistency)
-        shared = self._world.same(torch.tensor(seen, dtype=torch.float64, device=pending.outputs.device))
-        if detector.update(float(shared)):
-            self._counters.drifts += 1
-            self._counters.drift_row = self._counters.rows + len(pending.outputs)
-            log.warning("drift: the loss has risen beyond chance; seen at row %d", self._counters.drift_row)
+        heard = torch.tensor(float(detector.update(seen)), device=pending.outputs.device)
+        if bool(self._world.same(heard)):
+            counters = self._counters
+            counters.drifts += 1
+            counters.drift_step = counters.steps + 1
+            counters.drift_row = counters.rows + counters.skipped_rows + len(pending.outputs)
+            log.warning("drift: the loss has risen beyond chance; seen at row %d", counters.drift_row)
 
     def _moved(self, jacobian: Jacobian) -> Tensor | None:
         """J h, (N,) float64: how a larger P so far would have moved the outputs. None without ``scale_adaptation``."""
@@ -820,7 +823,7 @@ class LoKO(torch.optim.Optimizer):
         after a drift. ``consistency`` is the running mean of the normalised innovation squared, eᵀS⁻¹e / N: about one
         when the filter is consistent, below where R is estimated too large (``ema`` counts H P Hᵀ twice). ``surprise``
         is that of the last few steps over it: an alarm for drift. With a ``drift_detector``, ``drifts`` counts its
-        alarms and ``drift_row`` is how many rows were learned at the last one.
+        alarms and ``drift_row`` is how many rows had come at the last one.
         """
         marginal = self._covariance.marginal(self._world.reduce)
         result = {
@@ -957,6 +960,7 @@ class LoKO(torch.optim.Optimizer):
         tensors += [] if detector is None else [detector]
         if not all(bool(torch.isfinite(value).all()) for value in tensors):
             raise ValueError("the state holds values that are not finite; take an earlier checkpoint")
+        listening = None if detector is None else Detector(detector.tolist())
         super().load_state_dict(saved)
         some = next(iter(own.values()))
         self._covariance = type(self._covariance).from_state(
@@ -967,8 +971,7 @@ class LoKO(torch.optim.Optimizer):
             self._scale = Scale(**{**scale, "trace": scale["trace"][self._world.own].to(some, copy=True)})
         if trust is not None:
             self._trust = Trust.from_state(trust, some.device)
-        if detector is not None:
-            self._detector = Detector(detector.tolist())
+        self._detector = listening
         self._factors = loaded["factors"].to(some.device, copy=True)
         self._counters = _Counters(**loaded["counters"])
 

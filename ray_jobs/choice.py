@@ -29,23 +29,20 @@ class Choice:
     Attributes:
         run: rungs of the trial that is taken.
         lowest: rungs of the complete trial with the lowest metric; mostly the same.
-        gain: by how much the lowest is better than the first point, a row, and the standard error of that; None where
-            it is the first point, or the two cannot be compared.
+        gain: by how much a row the trial that is taken, or where that is the first point the lowest, is better than the
+            first point, and the standard error of that; None where there is nothing to compare.
+        kept: whether the first point is taken, though another trial was lower.
     """
 
     run: pd.DataFrame
     lowest: pd.DataFrame
     gain: tuple[float, float] | None
+    kept: bool = False
 
     @property
     def trial(self) -> str:
         """The trial that is taken."""
         return str(self.run.trial.iloc[0])
-
-    @property
-    def kept(self) -> bool:
-        """Whether the first point is taken, though another trial was lower."""
-        return self.trial != str(self.lowest.trial.iloc[0])
 
     @property
     def about(self) -> str:
@@ -55,7 +52,8 @@ class Choice:
         gain = f"{self.gain[0]:.4f} ± {self.gain[1]:.4f}"
         if self.kept:
             return f"the first point; the lowest trial is better by {gain} only"
-        return f"better than the first point by {gain}"
+        beside = "" if self.trial == self.lowest.trial.iloc[0] else "; a lower trial may owe that to chance"
+        return f"better than the first point by {gain}{beside}"
 
 
 def choose(rungs: pd.DataFrame, metric: str, points: list[dict[str, Any]], caution: float) -> Choice | None:
@@ -65,22 +63,24 @@ def choose(rungs: pd.DataFrame, metric: str, points: list[dict[str, Any]], cauti
         rungs: a row a rung a trial, as in results.parquet.
         metric: what is minimised.
         points: the values tried first.
-        caution: standard errors by which the lowest has to be better than the first of them; 0 takes the lowest.
+        caution: standard errors by which a trial has to be better than the first of them; 0 takes the lowest.
     """
     complete = rungs[rungs.status == "complete"]
     if complete.empty:
         return None
     last = complete.sort_values("rows", kind="stable").groupby("trial", sort=False).tail(1)
-    lowest = _run(rungs, last.sort_values(metric, kind="stable").trial.iloc[0])
-    for trial, params in zip(last.trial, last.params, strict=True):
-        if not points or json.loads(params) != points[0] or trial == lowest.trial.iloc[0]:
-            continue
-        first = _run(rungs, trial)
-        gain = advantage(lowest, first, metric)
-        if gain is None:
-            break
-        return Choice(first if gain[0] < caution * gain[1] else lowest, lowest, gain)
-    return Choice(lowest, lowest, None)
+    runs = [_run(rungs, trial) for trial in last.sort_values(metric, kind="stable").trial]
+    lowest = runs[0]
+    firsts = [run for run in runs if points and json.loads(run.params.iloc[0]) == points[0]]
+    if not firsts or firsts[0] is lowest:
+        return Choice(lowest, lowest, None)
+    gains = [advantage(run, firsts[0], metric) for run in runs]
+    if gains[0] is None:
+        return Choice(lowest, lowest, None)
+    for run, gain in zip(runs, gains, strict=True):
+        if gain is not None and gain[0] > caution * gain[1]:
+            return Choice(run, lowest, gain)
+    return Choice(firsts[0], lowest, gains[0], kept=True)
 
 
 def advantage(run: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[float, float] | None:

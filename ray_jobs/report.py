@@ -160,7 +160,9 @@ def _read(folder: Path) -> _Results:
             raise ConfigError(
                 f"{folder} holds no finished search ({name} is missing); run python -m ray_jobs.tune first"
             )
-    config = validate(SearchConfig, yaml.safe_load((folder / "search.yaml").read_text()), str(folder / "search.yaml"))
+    plain = yaml.safe_load((folder / "search.yaml").read_text())
+    plain.setdefault("search", {}).setdefault("caution", 0.0)  # before there was any, the lowest was taken
+    config = validate(SearchConfig, plain, str(folder / "search.yaml"))
     rungs = pd.read_parquet(folder / "results.parquet")
     stream = json.loads((folder / "stream.json").read_text())
     best = (folder / "best.yaml").read_text()
@@ -193,7 +195,7 @@ def _summary(results: _Results, candidate: str) -> dict[str, str]:
 def _headline(results: _Results, rows: list[dict[str, str]]) -> str:
     complete = [row for row in rows if row["nll"]]
     ranked = sorted(complete, key=lambda row: float(row["nll"]))
-    text = f"{ranked[0]['candidate']} had the lowest online NLL: {ranked[0]['nll']}"
+    text = f"{ranked[0]['candidate']} is ahead with an online NLL of {ranked[0]['nll']}"
     if len(ranked) > 1:
         text += ", before " + ", ".join(f"{row['candidate']} {row['nll']}" for row in ranked[1:])
     return text + f". Each had {results.config.search.limits}, all on the same {results.stream['rows']:,} rows."
@@ -413,7 +415,7 @@ _ABOUT = {
     "Left of and below the line there is none.",
     "online": "The trial that is taken of each candidate. Every row is predicted and scored before it is learned. The "
     "dotted line is a predictor that sees labels only; dashed lines mark where the stream changes, triangles "
-    "where a change detector (drift_detector) sounded.",
+    "the last alarm of a change detector (drift_detector) before each rung.",
     "landscape": "Every trial, coloured at the last rung that all of them reached. Thick rims: trials that ran to the "
     "end of the stream; thin rims: stopped early.",
     "importance": "Shares of the variance of the metric that each searched setting explains (fANOVA), over all trials "

@@ -115,8 +115,8 @@ class SearchSettings(_Strict):
         default=1.0,
         ge=0,
         allow_inf_nan=False,
-        description="standard errors by which a trial must beat its candidate's first point to be taken instead; "
-        "0 takes the lowest",
+        description="standard errors by which a trial must beat its candidate's first point, in nll or mse, to be "
+        "taken instead; 0 takes the lowest",
     )
     sampler: Literal["tpe", "gp", "nsga2", "random"] = Field(default="tpe", description="Optuna sampler")
     seed: int = Field(default=0, ge=0, description="seed of the sampler")

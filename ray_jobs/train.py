@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from loko import online
-from loko.config import ConfigError, ExperimentConfig
+from loko.config import ConfigError, ExperimentConfig, validate
 from loko.tasks import save_adapter
 from ray_jobs import cluster
 from ray_jobs.cli import Overrides, fail, help_for, make_app
@@ -54,7 +55,7 @@ def run(config: ExperimentConfig, name: str, results: Path, max_failures: int = 
         StreamError, ValueError: rows or a model that cannot be used, before any worker starts.
     """
     folder = (results / name).absolute()
-    claim(folder / "experiment.yaml", config.model_dump(mode="json"))
+    claim(folder / "experiment.yaml", config)
     online.start(config)  # finds bad rows and models while the error still has a reader
     cluster.connect(dashboard=True)
     result = cluster.run_workers(
@@ -71,23 +72,45 @@ def run(config: ExperimentConfig, name: str, results: Path, max_failures: int = 
     return report
 
 
-def claim(path: Path, config: dict[str, Any]) -> None:
+def claim(path: Path, config: BaseModel) -> None:
     """Write a config beside its results, or make sure that the results there are of this very config.
+
+    A file of an earlier version, which lacks keys that are at their defaults here, is written anew.
 
     Raises:
         ConfigError: they are of another.
     """
-    text = yaml.safe_dump(config, sort_keys=False)
+    plain = config.model_dump(mode="json")
+    text = yaml.safe_dump(plain, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        fresh = path.with_suffix(".new")
-        fresh.write_text(text)
-        fresh.replace(path)  # all of it or nothing, whenever the job is killed
-    elif path.read_text() != text:
-        raise ConfigError(
-            f"{path.parent} holds the results of another config (compare {path} with yours); choose another folder or "
-            "name for new results, or remove those"
-        )
+    there = path.read_text() if path.exists() else None
+    if there == text:
+        return
+    if there is not None:
+        try:
+            other = validate(type(config), yaml.safe_load(there), str(path)).model_dump(mode="json")
+        except (ConfigError, yaml.YAMLError):
+            other = {}
+        if other != plain:
+            differs = ", ".join(_differing(plain, other)[:5])
+            raise ConfigError(
+                f"{path.parent} holds the results of another config (differs: {differs}; compare {path} with yours); "
+                "choose another folder or name for new results, or remove those"
+            )
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(path)  # all of it or nothing, whenever the job is killed
+
+
+def _differing(ours: Any, theirs: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two plain configs differ."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [] if ours == theirs else [key or "all of it"]
+    return [
+        found
+        for name in dict.fromkeys([*ours, *theirs])
+        for found in _differing(ours.get(name), theirs.get(name), f"{key}.{name}".removeprefix("."))
+    ]
 
 
 def _default_name(config: Path) -> str:

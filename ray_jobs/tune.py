@@ -58,7 +58,7 @@ def run(config: SearchConfig) -> str:
     """
     place = Place(config.folder)
     with place.working_folder() as folder:
-        claim(folder / "search.yaml", config.model_dump(mode="json"))
+        claim(folder / "search.yaml", config)
         about = _check_once(folder, config)
         place.upload(folder)
         storage = study_storage(config.search.storage or f"sqlite:///{folder / 'study.db'}")

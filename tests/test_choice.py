@@ -76,6 +76,28 @@ def test_the_first_point_stays_until_it_is_beaten_beyond_chance(gains: list[floa
     assert ("only" in found.about) == found.kept == (taken == "first")
 
 
+def test_a_lucky_trial_does_not_hide_a_solid_one() -> None:
+    lucky, solid = shifted([0.9, -0.7, 0.9, -0.7, 0.2]), shifted([0.1, 0.1, 0.1, 0.09, 0.11])
+    rungs = pd.concat([trial("first", BASE, lr=1.0), trial("lucky", lucky), trial("solid", solid, lr=3.0)])
+    found = choose(rungs, "nll", [FIRST], 1.0)
+    assert found is not None
+    assert (found.trial, found.lowest.trial.iloc[0], found.kept) == ("solid", "lucky", False)
+    assert found.about.startswith("better than the first point by 0.1000 ± ")
+    assert found.about.endswith("a lower trial may owe that to chance")
+
+
+def test_a_tie_and_a_repeated_first_point_change_nothing() -> None:
+    """A key without effect gives the same figures; of several trials of the first point the lowest is taken."""
+    same = pd.concat([trial("same", BASE), trial("first", BASE, lr=1.0)])
+    found = choose(same, "nll", [FIRST], 1.0)
+    assert found is not None
+    assert found.trial == "first"
+    again = pd.concat([trial("first", BASE, lr=1.0), trial("again", shifted([0.1, -0.05, 0.0, 0.1, 0.0]), lr=1.0)])
+    found = choose(again, "nll", [FIRST], 1.0)
+    assert found is not None
+    assert (found.trial, found.about) == ("again", "")
+
+
 @pytest.mark.parametrize("reason", ["no points", "stopped", "is lowest", "another metric", "one rung", "not finite"])
 def test_without_a_first_point_to_compare_with_the_lowest_is_taken(reason: str) -> None:
     noisy = [0.3, -0.3, 0.3, -0.2, 0.0] if reason != "is lowest" else [-0.1] * 5

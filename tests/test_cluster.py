@@ -144,7 +144,7 @@ def test_a_search_is_submitted_to_a_cluster(cluster: tuple[dict[str, str], dict[
         "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", "ray_jobs.tune", str(path), env=environment
     )
     assert "succeeded" in said
-    assert "lowest online NLL" in said
+    assert "is ahead with an online NLL of" in said
     rungs = test_tune.check(tmp_path)
     assert rungs.groupby("candidate").trial.nunique().to_dict() == {"adamw": 2, "loko": 2}
     assert (tmp_path / "results" / "report.html").exists()

@@ -24,9 +24,9 @@ from tests.test_filter import close
 from tests.test_optimizer import assert_same, snapshot, through_disk
 
 
-def noisy(level: float, steps: int, seed: int) -> list[float]:
+def noisy(level: float, steps: int, seed: int, deviation: float = 0.2) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
-    return (level + 0.2 * torch.randn(steps, generator=generator, dtype=torch.float64)).tolist()
+    return (level + deviation * torch.randn(steps, generator=generator, dtype=torch.float64)).tolist()
 
 
 def heard(losses: list[float]) -> list[int]:
@@ -42,6 +42,13 @@ def test_a_rise_is_heard_once_and_soon_a_fall_and_noise_never(seed: int) -> None
     found = heard(low + high)
     assert len(found) == 1
     assert 300 <= found[0] < 320
+
+
+@pytest.mark.parametrize("deviation", [0.3, 0.5])
+def test_a_fall_among_noise_is_not_heard(deviation: float) -> None:
+    """ADWIN cuts where it may, and keeps much from before the fall: means of the two parts do not say which way."""
+    for seed in range(40):
+        assert heard(noisy(2.0, 200, seed, deviation) + noisy(1.0, 60, seed + 1000, deviation)) == []
 
 
 def test_a_loss_that_has_fallen_may_rise_again() -> None:
@@ -129,6 +136,8 @@ def test_without_adaptation_it_only_listens() -> None:
     twin = linear()
     other = build(twin)
     learn(other, twin, 0, step)
+    for one, net in ((quiet, model), (other, twin)):
+        learn(one, net, step, END)
     assert_same(snapshot(quiet, model), snapshot(other, twin))
 
 
@@ -160,6 +169,32 @@ def test_a_batch_that_is_skipped_is_not_listened_to() -> None:
     assert len(optimizer.state_dict()["filter"]["detector"]) == 5
 
 
+def test_the_row_of_an_alarm_is_that_of_the_stream() -> None:
+    """Also behind rows that were skipped."""
+    model = linear()
+    optimizer = build(model, drift_detector="adwin")
+    for _ in range(3):
+        optimizer.step(lambda: (model(X[0] * torch.nan), Y[0]))
+    for step in range(END):
+        learn(optimizer, model, step, step + 1)
+        if optimizer.diagnostics()["drifts"]:
+            assert optimizer.diagnostics()["drift_row"] == 2.0 * (step + 1) + 6
+            return
+    raise AssertionError("no alarm")
+
+
+@pytest.mark.parametrize("observation", ["categorical", "bernoulli"])
+def test_an_output_that_is_masked_leaves_a_loss_that_can_be_kept(observation: str) -> None:
+    outputs = torch.tensor([[0.3, -0.2, -torch.inf]]).double()
+    target = torch.tensor([[1, 0, 0]])
+    model = OBSERVATIONS[observation]()
+    want = loss(model, outputs[:, :2], target[:, 0] * 0 if observation == "categorical" else target[:, :2], 0.0)
+    found = loss(model, outputs, target[:, 1] if observation == "categorical" else target, 0.0)
+    assert found == pytest.approx(want if observation == "categorical" else want * 2 / 3, abs=1e-9)
+    impossible = torch.tensor([2]) if observation == "categorical" else torch.tensor([[0, 0, 1]])
+    assert 5 < loss(model, outputs, impossible, 0.0) < 30
+
+
 def test_what_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with_it, without = (build(linear(), drift_detector=kind) for kind in ("adwin", None))
     with pytest.raises(ValueError, match="saved without a drift_detector and LoKO was built with"):
@@ -171,5 +206,5 @@ def test_what_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match="drift_detector"):
         validate(LokoConfig, {"name": "loko", "drift_detector": "kswin"})
     monkeypatch.setitem(sys.modules, "river.drift", None)
-    with pytest.raises(ImportError, match=r"needs the library river: pip install 'loko\[drift\]'"):
+    with pytest.raises(ValueError, match=r"needs the library river: pip install 'loko\[drift\]'"):
         build(linear(), drift_detector="adwin")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loko import LoKO
 from loko.config import MERGED
 from loko.consensus import Consensus
+from loko.detection import Detector
 from loko.distributed import Exact
 from loko.stream import slice_of
 from tests.oracle import covariance_of
@@ -149,6 +150,26 @@ def refused(group: Any) -> str:
     return "built"
 
 
+def listening(rank: int, group: Any) -> Tensor:
+    """θ, P and alarms of a filter whose detector sounds in the second step, and on other ranks than the first never."""
+
+    class Odd(Detector):
+        def update(self, value: float) -> bool:
+            super().update(value)
+            return rank == 0 and len(self.state()) == 2
+
+    model = Tiny(3)
+    optimizer = LoKO(model, rank=4, drift_detector="adwin", drift_adaptation=0.5, group=group)
+    optimizer._detector = Odd()
+    for start in range(0, 24, 6):
+        own = slice(start + 3 * rank, start + 3 * rank + 3) if group is not None else slice(start, start + 6)
+        optimizer.step(lambda own=own: (model(X[own]), Y[own]))
+    state = optimizer.state_dict()["filter"]
+    learned = [p.detach().flatten() for p in model.parameters()]
+    alarms = torch.tensor([optimizer.diagnostics()[key] for key in ("drifts", "drift_row")], dtype=torch.float64)
+    return torch.cat([*learned, covariance_of(optimizer).flatten(), state["detector"], alarms])
+
+
 FAILURES = ("labels", "jacobian", "consensus")
 
 
@@ -161,6 +182,7 @@ def worker(rank: int, folder: str) -> None:
     if rank < 2:
         results[2] = [run(rank, 2, pair, case) for case in CASES]
         results["unlike"] = [unlike(rank, pair, case) for case in UNLIKE]
+        results["listening"] = listening(rank, pair)
         results["blocks"] = refused(pair)
         results["failing"] = {where: failing(rank, pair, where) for where in FAILURES}
     results["few"] = few_parameters(rank, dist.group.WORLD)
@@ -209,6 +231,10 @@ def test_two_and_three_workers_are_one(tmp_path: Path) -> None:
         own, heard = ranks[1]["failing"][where], ranks[0]["failing"][where]
         assert own.startswith(kind)
         assert heard == f"PeerError: rank 1 of 2 failed, and with it all: {own}"
+    heard = listening(0, None)
+    assert heard[-2:].tolist() == [1.0, 12.0]
+    for rank in range(2):
+        close(ranks[rank]["listening"], heard)
     assert all("'block_diagonal' does not go with several workers" in ranks[rank]["blocks"] for rank in range(2))
     want = few_parameters(0, None)
     for results in ranks:
@@ -282,6 +308,7 @@ def test_consensus_refuses_what_it_cannot_merge() -> None:
         ({**MERGED, "initial_covariance": "auto"}, 2, "does not go with initial_covariance"),
         ({**MERGED, "scale_adaptation": 0.2}, 2, "does not go with scale_adaptation"),
         ({**MERGED, "drift_adaptation": 0.2}, 2, "does not go with drift_adaptation"),
+        ({**MERGED, "drift_detector": "adwin"}, 2, "does not go with drift_detector"),
         ({**MERGED, "prediction": "expected"}, 2, "does not go with prediction"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -52,7 +52,9 @@ def spent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_several_metrics_leave_a_front(tmp_path: Path) -> None:
-    path = jobs.search(tmp_path, ROWS, search={"trials": 4, "metrics": ["nll", "seconds_per_row"], "asha": None})
+    path = jobs.search(
+        tmp_path, ROWS, search={"trials": 4, "metrics": ["nll", "seconds_per_row"], "asha": None, "caution": 0}
+    )
     done = jobs.run("ray_jobs.tune", path)
     assert done.returncode == 0, done.stdout + done.stderr
     results, config = tmp_path / "results", read(SearchConfig, path, [])

@@ -85,7 +85,7 @@ def test_a_search_leaves_everything_it_found(searched: tuple[Path, subprocess.Co
     assert {"nll", "accuracy", "window_nll", "label_only_nll", "trace_p", "trace_r", "learn_seconds"} <= set(rungs)
     assert (results / "report.html").stat().st_size > 10_000
     assert (results / "plots" / "online.png").exists()
-    assert "lowest online NLL" in done.stdout
+    assert "is ahead with an online NLL of" in done.stdout
     assert "Traceback" not in done.stderr
     point = {"optimizer.initial_covariance": 0.3, "optimizer.noise_decay": 0.95}
     assert json.dumps(point) in set(rungs.params)
