@@ -112,7 +112,7 @@ class SearchSettings(_Strict):
         description="several to minimise at once, such as [nll, seconds_per_row]; the first is metric, the winner's",
     )
     caution: float = Field(
-        default=1.0,
+        default=2.0,
         ge=0,
         allow_inf_nan=False,
         description="standard errors by which a trial must beat its candidate's first point, in nll or mse, to be "
