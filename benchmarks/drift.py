@@ -10,6 +10,7 @@ change it does.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def delays(alarms: Sequence[int], changes: Sequence[int]) -> tuple[list[int], in
     A change explains the first alarm after it, and no other.
     """
     found = []
-    for change, following in zip(changes, [*changes[1:], max([*alarms, 0]) + 1], strict=True):
+    for change, following in zip(changes, [*changes[1:], math.inf], strict=True) if changes else ():
         after = [alarm for alarm in alarms if change < alarm <= following]
         found += [after[0] - change] if after else []
     return found, len(alarms) - len(found)
