@@ -156,7 +156,7 @@ def test_results_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     """Killed, and run again on the same bucket: the files and figures of any search, and none of them here."""
     results, log = tmp_path / "results", tmp_path / "log"
     results.mkdir()
-    search = {"trials": 2, "asha": None, "storage": f"sqlite:///{results / 'study.db'}"}
+    search = {"trials": 2, "asha": None, "caution": 0, "storage": f"sqlite:///{results / 'study.db'}"}
     path = jobs.search(tmp_path, rows=400, results=bucket, search=search)
     place = Place(bucket)
 
