@@ -101,13 +101,18 @@ def test_tensorboard_opens_its_events(searched: tuple[Path, subprocess.Completed
         assert "ray/tune/nll" in accumulator.Tags()["scalars"]
 
 
+def winner(folder: Path) -> pd.Series:
+    """Last rung of the trial that the search takes."""
+    config = read(SearchConfig, folder / "search.yaml", [])
+    rungs = pd.read_parquet(folder / "results" / "results.parquet")
+    taken = [choice for name in config.candidates if (choice := chosen(config, rungs, name)) is not None]
+    return min((choice.run.iloc[-1] for choice in taken), key=lambda last: float(last.nll))
+
+
 def test_the_winner_is_the_best_that_came_to_the_end(searched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = searched
     results = folder / "results"
-    rungs = pd.read_parquet(results / "results.parquet")
-    config = read(SearchConfig, folder / "search.yaml", [])
-    taken = [choice for name in config.candidates if (choice := chosen(config, rungs, name)) is not None]
-    best = min((choice.run.iloc[-1] for choice in taken), key=lambda last: last.nll)
+    config, best = read(SearchConfig, folder / "search.yaml", []), winner(folder)
     text = (results / "best.yaml").read_text()
     assert text.startswith(f"# The winner of the search tiny: {best.candidate}, nll {float(best.nll)!r}")
     assert "python -m ray_jobs.train" in text
@@ -153,8 +158,7 @@ def test_the_winner_runs_again_as_it_is(
     searched: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, workers: int, tolerance: float
 ) -> None:
     results = searched[0] / "results"
-    rungs = pd.read_parquet(results / "results.parquet")
-    best = rungs[rungs.finished].sort_values("nll").iloc[0]
+    best = winner(searched[0])
     given = [f"workers={workers}", "cpus_per_worker=0.5"] if workers > 1 else []
     done = jobs.run("ray_jobs.train", results / "best.yaml", *given, "--results", tmp_path, "--name", "again")
     assert done.returncode == 0, done.stdout + done.stderr
