@@ -101,7 +101,8 @@ def test_a_bad_label_of_one_worker_is_told_at_once(tmp_path: Path) -> None:
 
 def test_a_run_of_that_name_with_another_config_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path)
-    train.claim(tmp_path / "runs" / "one" / "experiment.yaml", {"other": 1})
+    other = read(ExperimentConfig, path, ["seed=7"])
+    train.claim(tmp_path / "runs" / "one" / "experiment.yaml", other)
     with pytest.raises(ConfigError, match=r"results of another config .*choose another folder or name"):
         train.run(read(ExperimentConfig, path, []), "one", tmp_path / "runs")
 
