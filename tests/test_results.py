@@ -21,7 +21,7 @@ from tests.test_choice import BASE, shifted
 KEY = "optimizer.lr"
 
 
-def search(rows: Path, caution: float) -> SearchConfig:
+def search(rows: Path, **settings: float) -> SearchConfig:
     experiment = tiny.experiment(rows)
     del experiment["optimizer"]
     candidate = {
@@ -30,7 +30,7 @@ def search(rows: Path, caution: float) -> SearchConfig:
         "points": [{KEY: 0.01}],
     }
     plain = {"name": "tiny", "experiment": experiment, "candidates": {"adamw": candidate}}
-    return validate(SearchConfig, {**plain, "search": {"caution": caution}})
+    return validate(SearchConfig, {**plain, "search": settings})
 
 
 def ended(name: str, losses: list[float], rate: float, folder: Path) -> Any:
@@ -58,7 +58,7 @@ def test_config_and_adapter_are_those_of_the_trial_that_is_taken(
         ended("lucky", shifted([0.3, -0.3, 0.3, -0.2, 0.0]), 0.1, tmp_path),
         ended("worse", [4.0] * 5, 0.5, tmp_path),
     ]
-    config = search(tiny.shards(tmp_path / "rows", 24), caution)
+    config = search(tiny.shards(tmp_path / "rows", 24), caution=caution)
     results.collect(config, tmp_path, str(tmp_path), {"adamw": trials})  # type: ignore[dict-item]
     assert loaded == [tmp_path / taken]
     text = (tmp_path / "best.yaml").read_text()
@@ -82,7 +82,7 @@ def test_a_folder_goes_on_with_its_own_config_only(tmp_path: Path) -> None:
 
 
 def test_a_key_that_an_earlier_version_did_not_have_is_no_other_config(tmp_path: Path) -> None:
-    config = search(tiny.shards(tmp_path / "rows", 24), 1.0)
+    config = search(tiny.shards(tmp_path / "rows", 24))
     path = tmp_path / "search.yaml"
     older = config.model_dump(mode="json")
     del older["search"]["caution"]
