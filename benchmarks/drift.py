@@ -103,7 +103,8 @@ def _heard(runs: pd.DataFrame, case: Case) -> str:
     each = [delays(alarms, case.changes) for alarms in runs.alarms]
     late = [delay for found, _ in each for delay in found]
     due = len(case.changes) * len(runs)
-    after = f"; {min(late)} to {max(late)} rows after" if late else ""
+    between = " to ".join(map(str, sorted({min(late), max(late)}))) if late else ""
+    after = f"; {between} rows after" if late else ""
     return f"{len(late)} of {due}{after}; {sum(false for _, false in each)} false"
 
 
