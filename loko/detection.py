@@ -17,10 +17,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from loko.observation import Bernoulli, Categorical, ObservationModel
+from loko.observation import Categorical, ObservationModel
+from loko.trust import knows, log_likelihood
 
 if TYPE_CHECKING:
     from river.drift import ADWIN
@@ -31,9 +31,6 @@ DETECTORS = ("adwin",)
 
 _DELTA = 0.05
 """δ. The bound is wide: on the streams of docs/drift.md nothing was heard without a change, at 0.2 neither."""
-
-_LEAST = 1e-12
-"""Smallest probability of a label: one row must not be worth all others."""
 
 _LATELY = 10
 """Steps whose mean loss says whether the losses have risen or fallen."""
@@ -103,10 +100,7 @@ def loss(model: ObservationModel, outputs: Tensor, labels: Tensor, consistency: 
         says little: the innovation covariance that the filter learns with is wider than the innovations by factors
         that drift by themselves.
     """
-    if not isinstance(model, Categorical | Bernoulli):
+    if not knows(model):
         return math.log1p(max(0.0, consistency))
-    logits = outputs.double()
-    target = model.full_target(labels, logits.shape[1]).to(logits)
-    if isinstance(model, Categorical):  # xlogy: a class that is masked, and not the label, counts nothing
-        return float(-torch.xlogy(target, logits.softmax(1).clamp_min(_LEAST)).sum(1).mean())
-    return float(F.binary_cross_entropy(logits.sigmoid().clamp(_LEAST, 1 - _LEAST), target))
+    likely = log_likelihood(model, model.full_mean(outputs.double()), labels)
+    return -float(likely.sum(1).mean() if isinstance(model, Categorical) else likely.mean())

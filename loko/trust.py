@@ -32,7 +32,7 @@ from torch import Tensor
 from loko.observation import Bernoulli, Categorical, ObservationModel
 from loko.prediction import expected_sigmoid, expected_softmaxes
 
-__all__ = ["CONFIDENCES", "SHARES", "Trust", "expected", "knows", "outputs_of"]
+__all__ = ["CONFIDENCES", "SHARES", "Trust", "expected", "knows", "log_likelihood", "outputs_of"]
 
 SHARES = (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
 """c: the shares of P that are mixed."""
@@ -106,14 +106,20 @@ class Trust:
 
     def learned(self, each: Tensor, model: ObservationModel, labels: Tensor) -> Trust:
         """After a batch whose labels were expected to be ``each`` (K, B, C)."""
-        target = model.full_target(labels, each.shape[-1]).to(each)
-        likely = target * each.clamp_min(_LEAST).log()
-        if isinstance(model, Bernoulli):
-            likely = likely + (1 - target) * (1 - each).clamp_min(_LEAST).log()
+        likely = log_likelihood(model, each, labels)
         weights = (_MEMORY * self.weights.log() + likely.sum((1, 2))).softmax(0)
-        seen = target.sum(0)
-        labels = _LASTING * self.labels + seen if len(self.labels) else seen
-        return Trust((1 - _TURN) * weights + _TURN / len(weights), labels, _LASTING * self.rows + len(target))
+        seen = model.full_target(labels, each.shape[-1]).to(each).sum(0)
+        sums = _LASTING * self.labels + seen if len(self.labels) else seen
+        return Trust((1 - _TURN) * weights + _TURN / len(weights), sums, _LASTING * self.rows + len(labels))
+
+
+def log_likelihood(model: ObservationModel, mean: Tensor, labels: Tensor) -> Tensor:
+    """Of the labels where ``mean`` was expected, (..., B, C), output by output: their sum is that of a row."""
+    target = model.full_target(labels, mean.shape[-1]).to(mean)
+    likely = target * mean.clamp_min(_LEAST).log()
+    if isinstance(model, Bernoulli):
+        likely = likely + (1 - target) * (1 - mean).clamp_min(_LEAST).log()
+    return likely
 
 
 def knows(model: ObservationModel) -> bool:

@@ -71,18 +71,23 @@ def choose(rungs: pd.DataFrame, metric: str, points: list[dict[str, Any]], cauti
     if complete.empty:
         return None
     last = complete.sort_values("rows", kind="stable").groupby("trial", sort=False).tail(1)
-    runs = [_run(rungs, trial) for trial in last.sort_values(metric, kind="stable").trial]
-    lowest = runs[0]
-    firsts = [run for run in runs if points and json.loads(run.params.iloc[0]) == points[0]]
-    if not firsts or firsts[0] is lowest:
+    ranked = last.sort_values(metric, kind="stable")
+    lowest = _run(rungs, ranked.trial.iloc[0])
+    firsts = [t for t, params in zip(ranked.trial, ranked.params, strict=True) if [json.loads(params)] == points[:1]]
+    if not firsts or firsts[0] == ranked.trial.iloc[0]:
         return Choice(lowest, lowest, None)
-    gains = [advantage(run, firsts[0], metric) for run in runs]
-    if gains[0] is None:
+    first = _run(rungs, firsts[0])
+    of_lowest = advantage(lowest, first, metric)
+    if of_lowest is None:
         return Choice(lowest, lowest, None)
-    for run, gain in zip(runs, gains, strict=True):
+    for trial in ranked.trial:
+        if trial == firsts[0]:  # those behind it are no better
+            break
+        run = _run(rungs, trial)
+        gain = advantage(run, first, metric)
         if gain is not None and gain[0] > caution * gain[1]:
             return Choice(run, lowest, gain)
-    return Choice(firsts[0], lowest, gains[0], kept=True)
+    return Choice(first, lowest, of_lowest, kept=True)
 
 
 def advantage(run: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[float, float] | None:

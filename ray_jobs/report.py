@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,13 +90,14 @@ class _Results:
         """accuracy, or mse for numbers."""
         return "accuracy" if "accuracy" in self.rungs else "mse"
 
-    def choice(self, candidate: str) -> Choice | None:
-        """What is taken of a candidate, or None if none of its trials came to the end."""
-        return chosen(self.config, self.rungs, candidate)
+    @cached_property
+    def choices(self) -> dict[str, Choice | None]:
+        """What is taken of each candidate, or None if none of its trials came to the end; every panel asks for it."""
+        return {name: chosen(self.config, self.rungs, name) for name in self.config.candidates}
 
     def best_run(self, candidate: str) -> pd.DataFrame | None:
         """Rungs of the trial that is taken of a candidate."""
-        choice = self.choice(candidate)
+        choice = self.choices[candidate]
         return None if choice is None else choice.run
 
     def color(self, candidate: str) -> str:
@@ -181,7 +183,7 @@ def _summary(results: _Results, candidate: str) -> dict[str, str]:
     }
     if results.config.search.budget is not None:
         row["rows learned"] = f"{learned:,}"
-    choice = results.choice(candidate)
+    choice = results.choices[candidate]
     last: Any = {} if choice is None else choice.run.iloc[-1].to_dict()
     quality = results.quality
     shown = ("nll", quality, "window_nll", f"window_{quality}", "heldout_nll", f"heldout_{quality}", "heldout_ece")
